@@ -1,0 +1,363 @@
+"""A serving deployment: step time, prefill sharing and the equilibrium, composed into predictions.
+
+One request that sees n requests in service (itself included; o = n - self_share others) spends
+
+    residence(n) = request_overhead + p + prefill_interference*p*o + (steps + first_token_steps*o/(1+o)) * step(n)
+
+with p the prefill time of one prompt, steps the renewal count of :mod:`diffspec.acceptance` and step(n) the engine step
+over n sequences. o/(1+o) is the chance to arrive in mid-step: then the first token waits for the step under way and for
+the others' share of the step that carries the prompt. Of the others' prefill, a closed loop shows sync*(N-1)/2*p in
+ttft (requests that finish together start together); decode carries the rest. All times in s.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractAcceptance, StepsForm, steps_per_request
+from diffspec.parameters import Scalar, parameter
+from diffspec.results import RESULTS, InputError
+from diffspec.steady_state import SteadyState, solve_closed_loop, solve_open_loop
+from diffspec.step_time import AbstractStepTime, BatchState, StepParts, scaled
+from diffspec.workload import Workload, check_range
+
+STAGES = ("waiting", "prefill", "draft", "verify", "overhead")
+
+
+class Configuration(eqx.Module):
+    """What an engineer chooses: ``draft_length`` [tok] (0: no speculation), the acceptance it meets, and the caps.
+
+    * ``acceptance``: needed when draft_length > 0; ``draft_probability`` [1]: share of steps that draft
+    * ``max_batch_size`` [req]: None for no cap; ``kv_capacity_tokens`` [tok]: caps the batch at
+      kv_capacity_tokens/(prompt_length + output_length/2), the mean tokens that a running request holds
+    * ``verifier_scale``, ``drafter_scale`` [1]: parameter counts relative to the fitted deployment
+    """
+
+    draft_length: Scalar = 0.0
+    acceptance: AbstractAcceptance | None = None
+    max_batch_size: Scalar | None = None
+    kv_capacity_tokens: Scalar | None = None
+    draft_probability: Scalar = 1.0
+    verifier_scale: Scalar = 1.0
+    drafter_scale: Scalar = 1.0
+
+    def __check_init__(self):
+        check_range("draft_length", self.draft_length, 0, MAX_DRAFT_LENGTH, low_open=False, unit="tok")
+        check_range("max_batch_size", self.max_batch_size, 1, 1e9, low_open=False, unit="req")
+        check_range("draft_probability", self.draft_probability, 0, 1, low_open=False, unit="")
+        check_range("drafter_scale", self.drafter_scale, 0, 1e6, low_open=True, unit="(ratio of parameter counts)")
+        check_range("verifier_scale", self.verifier_scale, 0, 1e6, low_open=True, unit="(ratio of parameter counts)")
+        if self.acceptance is None and not (isinstance(self.draft_length, (int, float)) and self.draft_length == 0):
+            raise InputError("draft_length > 0 needs an acceptance: ConstantAcceptance or PositionAcceptance, say")
+
+    def plain(self) -> "Configuration":
+        """The same server without speculation (draft_length 0)."""
+        return Configuration(
+            max_batch_size=self.max_batch_size,
+            kv_capacity_tokens=self.kv_capacity_tokens,
+            verifier_scale=self.verifier_scale,
+        )
+
+
+class LoadSplit(eqx.Module):
+    """A stage's share of e2e_latency [s]: alone on the server, and what the load adds."""
+
+    load_independent: Scalar
+    load_dependent: Scalar
+
+
+class Prediction(eqx.Module):
+    """Mean behaviour at one operating point. Times in s, rates in req/s, lengths in tok.
+
+    ``ttft``: first token - arrival, waiting included; ``itl``: gap between stream events (one a step); ``tpot``:
+    (e2e_latency - ttft)/(output_length - 1); ``decomposition``: stage -> :class:`LoadSplit`, summing to e2e_latency.
+    ``speedup``: e2e_latency without speculation over e2e_latency, NaN-free: meaningful where both arms are successful.
+    At ``saturated`` the latencies are those at 0.999 of capacity: lower bounds.
+    """
+
+    result: RESULTS
+    ttft: Scalar
+    itl: Scalar
+    tpot: Scalar
+    e2e_latency: Scalar
+    waiting_time: Scalar
+    throughput: Scalar
+    effective_batch_size: Scalar
+    batch_seen: Scalar
+    utilization: Scalar
+    capacity: Scalar
+    overload: Scalar
+    residual: Scalar
+    tokens_per_step: Scalar
+    steps_per_request: Scalar
+    decomposition: dict[str, LoadSplit]
+
+
+class Comparison(eqx.Module):
+    """A configuration beside the same server without speculation.
+
+    ``speedup`` [1] = e2e_latency of ``plain`` over that of ``speculative``; ``breakeven_rate`` [req/s]: the rate above
+    which speculation is slower (0: always slower; the smaller capacity: never slower below it).
+    """
+
+    speculative: Prediction
+    plain: Prediction
+    speedup: Scalar
+    breakeven_rate: Scalar
+
+
+class _Request(eqx.Module):
+    """What one request costs on a configuration, whatever the load."""
+
+    prefill: Scalar
+    steps: Scalar
+    tokens_per_step: Scalar
+    spread: Scalar
+    step_parts: Callable = eqx.field(static=True)
+
+
+class ServingModel(eqx.Module):
+    """Latency model of one deployment; :meth:`predict` is the main verb. Differentiable and batchable by `jax.vmap`.
+
+    Beside the step time it holds what a request costs outside decode steps. ``self_share`` = 1: a request sees the
+    time-average batch plus itself; 0 reproduces the published forms, as ``steps_form="published"`` does for steps.
+
+    >>> from diffspec.step_time import AffineStepTime
+    >>> model = ServingModel(AffineStepTime(verify_base=0.02, verify_query=0.001, prefill_token=1e-4))
+    >>> prediction = model.predict(Workload(prompt_length=100, output_length=51, arrival_rate=2.0), Configuration())
+    >>> round(float(prediction.e2e_latency), 4)
+    1.2235
+    """
+
+    step_time: AbstractStepTime
+    request_overhead: Scalar = parameter(0.0, unit="s", meaning="per request, outside the engine step (HTTP, tokens)")
+    prefill_interference: Scalar = parameter(
+        1.0, unit="1", meaning="share of a prompt's prefill time that every other request in service pays"
+    )
+    first_token_steps: Scalar = parameter(
+        1.0, unit="step", low=0.0, high=3.0, meaning="steps that a prompt arriving at a busy engine waits and shares"
+    )
+    closed_loop_sync: Scalar = parameter(
+        1.0, unit="1", low=0.0, high=2.0, meaning="how far a closed loop's requests start together: ttft sync*(N-1)/2*p"
+    )
+    sync_spread: Scalar = parameter(
+        1.5, unit="step", meaning="spread of steps per request that halves the synchrony of a closed loop"
+    )
+    self_share: float = eqx.field(static=True, default=1.0)
+    steps_form: StepsForm = eqx.field(static=True, default="renewal")
+
+    def predict(self, workload: Workload, config: Configuration) -> Prediction:
+        """Steady state (or finite run, if workload.n_requests is given) of ``config`` under ``workload``.
+
+        Open loop: B solves B = arrival_rate*residence(batch_seen(B)), batch_seen = max(self_share, B +
+        self_share*arrival_scv); closed loop: B = min(concurrency, cap). Errors: never for saturation, which is a
+        result with numbers; :class:`InputError` for ranges.
+        """
+        request = self._request(workload, config)
+        cap = batch_cap(workload, config)
+
+        def residence(n):
+            return self._times(request, n)[0]
+
+        if workload.is_open:
+            state = solve_open_loop(
+                residence,
+                workload.arrival_rate,  # type: ignore[arg-type]
+                max_batch_size=cap,
+                batch_seen=self._batch_seen(workload),
+                scale_bounded=self.step_time.scale_bounded,
+            )
+            sync, waiting = 0.0, jnp.zeros_like(state.residence_time)
+        else:
+            state = solve_closed_loop(residence, workload.concurrency, max_batch_size=cap)  # type: ignore[arg-type]
+            in_flight = jnp.asarray(workload.concurrency, dtype=float)
+            waiting = jnp.maximum(in_flight - state.effective_batch_size, 0.0) / state.throughput
+            sync = self.closed_loop_sync / (1.0 + request.spread / self.sync_spread)
+        return self._assemble(workload, request, state, sync, waiting)
+
+    def compare(self, workload: Workload, config: Configuration) -> Comparison:
+        """Predict ``config`` and the same server without speculation; speedup and break-even arrival rate."""
+        speculative, plain = self._both_arms(workload, config)
+        return Comparison(
+            speculative=speculative,
+            plain=plain,
+            speedup=plain.e2e_latency / speculative.e2e_latency,
+            breakeven_rate=self.breakeven_rate(workload, config),
+        )
+
+    def _both_arms(self, workload: Workload, config: Configuration) -> tuple[Prediction, Prediction]:
+        """Predictions with and without speculation; draft_length 0 drops every cost of the drafter."""
+        lengths = jnp.stack([jnp.asarray(config.draft_length, dtype=float), jnp.zeros(())])
+        both = jax.vmap(lambda length: self.predict(workload, eqx.tree_at(lambda c: c.draft_length, config, length)))(
+            lengths
+        )
+        return jax.tree.map(lambda leaf: leaf[0], both), jax.tree.map(lambda leaf: leaf[1], both)
+
+    def breakeven_rate(self, workload: Workload, config: Configuration):
+        """Arrival rate [req/s] at which ``config`` and no speculation are equally fast, in an open loop.
+
+        0 when speculation is slower even on an idle server, the smaller of both capacities when it is faster at every
+        sustainable rate. For affine residence without self share it is r*/C2_plain, r* = (1-C1R)/(C2R-C1R).
+        Bisection on log(e2e_latency) to 1e-12 of capacity; derivatives are not defined (use speedup's).
+        """
+
+        def bisect(iteration, carry):
+            low, high, limit, never = carry
+            first = iteration == 0
+            rate = jnp.where(first, 1e-9, 0.5 * (low + high))
+            fast, slow = self._both_arms(
+                Workload(
+                    prompt_length=workload.prompt_length,
+                    output_length=workload.output_length,
+                    arrival_rate=rate,
+                    arrival_scv=workload.arrival_scv,
+                    output_scv=workload.output_scv,
+                ),
+                config,
+            )
+            gain = fast.e2e_latency < slow.e2e_latency
+            limit = jnp.where(first, jnp.minimum(fast.capacity, slow.capacity), limit)
+            return (
+                jnp.where(first | ~gain, low, rate),
+                jnp.where(first, limit, jnp.where(gain, high, rate)),
+                limit,
+                jnp.where(first, ~gain, never),
+            )
+
+        zero = jnp.zeros((), dtype=jnp.result_type(float))
+        low, _, limit, never = jax.lax.fori_loop(0, 42, bisect, (zero, zero, zero, jnp.zeros((), dtype=bool)))
+        return jax.lax.stop_gradient(jnp.where(never, 0.0, jnp.where(low >= limit * (1 - 1e-9), limit, low)))
+
+    def residence_time(self, workload: Workload, config: Configuration, batch_seen: Scalar):
+        """Time in service [s] of a request that sees ``batch_seen`` requests, itself included: the function whose
+        equilibrium :meth:`predict` solves."""
+        return self._times(self._request(workload, config), jnp.asarray(batch_seen, dtype=float))[0]
+
+    def step_parts(self, workload: Workload, config: Configuration, sequences: Scalar) -> StepParts:
+        """Parts of the engine step [s] over ``sequences`` decoding requests of this workload."""
+        return self._request(workload, config).step_parts(sequences)
+
+    def _request(self, workload: Workload, config: Configuration) -> _Request:
+        step_time = scaled(self.step_time, verifier=config.verifier_scale, drafter=config.drafter_scale)
+        length = jnp.asarray(config.draft_length, dtype=float)
+        drafted = length * config.draft_probability
+        if config.acceptance is None:
+            m1 = m2 = jnp.ones_like(length)
+        else:
+            m1, m2 = config.acceptance.moments(length, config.draft_probability)
+        prompt = jnp.asarray(workload.prompt_length, dtype=float)
+        output = jnp.asarray(workload.output_length, dtype=float)
+        context = prompt + 0.5 * output
+
+        def step_parts(sequences):
+            return step_time(
+                BatchState(
+                    sequences=sequences,
+                    query_tokens=sequences * (1.0 + drafted),
+                    kv_tokens=sequences * context,
+                    draft_passes=drafted,
+                    draft_tokens=sequences * drafted,
+                )
+            )
+
+        steps = steps_per_request(m1, m2, output, self.steps_form)
+        variance = steps * (m2 - m1**2) / m1**2 + workload.output_scv * (output / m1) ** 2
+        return _Request(
+            prefill=step_time(BatchState(prefill_tokens=prompt, draft_passes=drafted)).prefill,
+            steps=steps,
+            tokens_per_step=m1,
+            spread=jnp.sqrt(variance + 1e-12),
+            step_parts=step_parts,
+        )
+
+    def _times(self, request: _Request, n):
+        """(residence, step parts, others, steps in the first token) for a request that sees n in service."""
+        others = jnp.maximum(n - self.self_share, 0.0)
+        parts = request.step_parts(n)
+        shared_steps = self.first_token_steps * others / (1.0 + others)
+        residence = (
+            self.request_overhead
+            + request.prefill * (1.0 + self.prefill_interference * others)
+            + (request.steps + shared_steps) * parts.total
+        )
+        return residence, parts, others, shared_steps
+
+    def _batch_seen(self, workload: Workload) -> Callable:
+        def seen(batch):
+            if workload.n_requests is not None:
+                batch = batch * finite_run_factor(batch / workload.n_requests)
+            return jnp.maximum(batch + self.self_share * workload.arrival_scv, self.self_share)
+
+        return seen
+
+    def _assemble(self, workload, request: _Request, state: SteadyState, sync, waiting) -> Prediction:
+        residence, parts, others, shared_steps = self._times(request, state.batch_seen)
+        alone = request.step_parts(jnp.full_like(others, self.self_share))
+        foreign_prefill = request.prefill * self.prefill_interference * others
+        in_ttft = 0.5 * sync * foreign_prefill
+        ttft = waiting + self.request_overhead + request.prefill + in_ttft + shared_steps * parts.total
+        decode = request.steps * parts.total + foreign_prefill - in_ttft
+        e2e = waiting + residence
+        only_first = jnp.asarray(workload.output_length, dtype=float) <= 1.0  # ends with its first token
+        ttft, decode = jnp.where(only_first, e2e, ttft), jnp.where(only_first, 0.0, decode)
+        tokens_after_first = jnp.maximum(jnp.asarray(workload.output_length, dtype=float) - 1.0, 1e-9)
+        steps = request.steps + shared_steps
+
+        def split(now, by_itself, per_request=0.0):
+            independent = per_request + request.steps * by_itself
+            return LoadSplit(independent, steps * now - request.steps * by_itself)
+
+        decomposition = {
+            "waiting": LoadSplit(jnp.zeros_like(waiting), waiting),
+            "prefill": LoadSplit(request.prefill, foreign_prefill),
+            "draft": split(parts.draft, alone.draft),
+            "verify": split(parts.verify, alone.verify),
+            "overhead": split(parts.overhead, alone.overhead, self.request_overhead),
+        }
+        return Prediction(
+            result=state.result,
+            ttft=ttft,
+            itl=decode / jnp.maximum(request.steps, 1e-9),
+            tpot=decode / tokens_after_first,
+            e2e_latency=e2e,
+            waiting_time=waiting,
+            throughput=state.throughput,
+            effective_batch_size=state.effective_batch_size,
+            batch_seen=state.batch_seen,
+            utilization=state.utilization,
+            capacity=state.capacity,
+            overload=state.overload,
+            residual=state.residual,
+            tokens_per_step=request.tokens_per_step,
+            steps_per_request=request.steps,
+            decomposition=decomposition,
+        )
+
+
+def batch_cap(workload: Workload, config: Configuration):
+    """Largest batch in service [req]: the smaller of max_batch_size and the KV cache over a request's mean tokens
+    (never below 1); None without caps."""
+    caps: list[Any] = []
+    if config.max_batch_size is not None:
+        caps.append(jnp.asarray(config.max_batch_size, dtype=float))
+    if config.kv_capacity_tokens is not None:
+        held = workload.prompt_length + 0.5 * workload.output_length
+        caps.append(jnp.maximum(config.kv_capacity_tokens / held, 1.0))
+    return None if not caps else caps[0] if len(caps) == 1 else jnp.minimum(caps[0], caps[1])
+
+
+def finite_run_factor(share):
+    """Mean batch that requests of a finite open-loop run see, over the steady-state batch (fluid approximation).
+
+    A run of n requests starts empty and drains; with x = arrival_rate*residence/n the trapezoid of requests in flight
+    gives 1 - x/3 for x <= 1 and (1 - 1/(3x))/x beyond: the seen batch never exceeds n, so a run always ends.
+
+    >>> float(finite_run_factor(0.3)), round(float(finite_run_factor(2.0)), 6)
+    (0.9, 0.416667)
+    """
+    share = jnp.asarray(share, dtype=float)
+    long = jnp.maximum(share, 1.0)
+    return jnp.where(share <= 1.0, 1.0 - share / 3.0, (1.0 - 1.0 / (3.0 * long)) / long)

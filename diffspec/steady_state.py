@@ -1,0 +1,202 @@
+"""The equilibrium of Little's law, B = arrival_rate * residence(batch_seen(B)), with implicit derivatives.
+
+In the reciprocal x = 1/B the equation reads G(x) = 1 - arrival_rate * x * W(1/x) = 0. G is *linear* for an affine
+residence time and keeps the curvature of W otherwise (perspective transform), at any utilization; so a bracket and a
+fixed small number of safeguarded Newton steps suffice where plain iteration needs thousands. With elasticity of W at
+most 1, B/W is nondecreasing, G is monotone, the root is unique and the sign at the cap decides saturation exactly.
+
+Derivatives come from the implicit function theorem, dB/dp = (arrival_rate*W)_p / (1 - arrival_rate*W_B), through
+`jax.lax.custom_root`: forward and reverse, to second order, never through the iterations.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from diffspec.parameters import Scalar
+from diffspec.results import RESULTS
+
+SATURATION_MARGIN = 1e-3
+"""A saturated system is reported at (1 - margin) * capacity: finite, differentiable, a lower bound of its latency."""
+
+ITERATIONS = 12
+"""Safeguarded Newton steps; the experiments on convex, concave and mixed residence times need 5 to 11."""
+
+_UNCAPPED = 1e18
+_SCAN_POINTS = 256
+
+
+class SteadyState(eqx.Module):
+    """Equilibrium of one system.
+
+    * ``effective_batch_size`` [req]: B, mean requests in service; ``batch_seen`` [req]: what one of them sees
+    * ``residence_time`` [s]: time in service; ``throughput`` [req/s]
+    * ``capacity`` [req/s]: largest sustainable arrival rate, sup over 0 < n <= cap of n/residence
+    * ``utilization`` [1]: offered (open) or achieved (closed) rate over capacity
+    * ``overload`` [1]: max(0, utilization - (1 - margin)): finite and differentiable, zero when sustainable
+    * ``residual`` [1]: |1 - arrival_rate*W/B| that the inner solve left; gradients are as good as this is small
+    """
+
+    effective_batch_size: Scalar
+    batch_seen: Scalar
+    residence_time: Scalar
+    throughput: Scalar
+    capacity: Scalar
+    utilization: Scalar
+    overload: Scalar
+    residual: Scalar
+    result: RESULTS
+
+
+def solve_open_loop(
+    residence: Callable,
+    arrival_rate: Scalar,
+    *,
+    max_batch_size: Scalar | None = None,
+    batch_seen: Callable = lambda b: b + 1.0,
+    scale_bounded: bool = True,
+) -> SteadyState:
+    """Solve B = arrival_rate * residence(batch_seen(B)) for 0 < B <= max_batch_size.
+
+    ``residence(n)`` [s] is the time in service when a request sees n requests (itself included) and ``batch_seen(B)``
+    maps the time-average batch to n; both must be nondecreasing. ``scale_bounded`` promises that B/residence is
+    nondecreasing; without it 256 batches are scanned, the smallest root is returned and `metastable` is flagged where
+    a larger batch has a lower throughput. Above 0.999 of capacity a system is solved there and says `saturated`.
+
+    >>> state = solve_open_loop(lambda n: 0.5 + 0.1 * n, 4.0)
+    >>> round(float(state.residence_time), 12), round(float(state.capacity), 9)  # (c1+c2)/(1-rate*c2), 1/c2
+    (1.0, 10.0)
+    """
+    arrival_rate = jnp.asarray(arrival_rate, dtype=float)
+    cap = jnp.asarray(_UNCAPPED if max_batch_size is None else max_batch_size, dtype=float)
+
+    def service(batch):
+        return residence(jnp.minimum(batch_seen(batch), cap))
+
+    def demand(x):  # x*W(1/x): seconds of residence per request in the system
+        return x * service(1.0 / x)
+
+    solve_root = jnp.zeros_like(arrival_rate)
+    alone = service(solve_root)
+    if scale_bounded:
+        slowest = service(cap)
+        capacity = cap / slowest
+        rate = jnp.minimum(arrival_rate, (1.0 - SATURATION_MARGIN) * capacity)
+        low, high = 1.0 / (rate * slowest), 1.0 / (rate * alone)  # W lies between its ends
+        metastable = jnp.zeros((), dtype=bool)
+    else:
+        capacity, rate, low, high, metastable = _scan(demand, arrival_rate, alone, cap)
+
+    def gap(x):
+        return 1.0 - rate * demand(x)
+
+    x = jax.lax.custom_root(
+        gap,
+        jax.lax.stop_gradient(high),
+        lambda function, start: _bracketed_newton(function, jax.lax.stop_gradient(low), start),
+        lambda linear, y: y / linear(jnp.ones_like(y)),
+    )
+    batch = 1.0 / x
+    residual = jnp.abs(gap(x))
+    saturated = arrival_rate > (1.0 - SATURATION_MARGIN) * capacity  # then the numbers are those of `rate`
+    tolerance = 1e3 * jnp.finfo(batch.dtype).eps
+    result = RESULTS.where(
+        saturated,
+        RESULTS.saturated,
+        RESULTS.where(
+            residual <= tolerance,  # false for NaN
+            RESULTS.where(metastable, RESULTS.metastable, RESULTS.successful),
+            RESULTS.unconverged,
+        ),
+    )
+    utilization = arrival_rate / capacity
+    return SteadyState(
+        effective_batch_size=batch,
+        batch_seen=jnp.minimum(batch_seen(batch), cap),
+        residence_time=batch / rate,
+        throughput=rate,
+        capacity=capacity,
+        utilization=utilization,
+        overload=jnp.maximum(utilization - (1.0 - SATURATION_MARGIN), 0.0),
+        residual=residual,
+        result=result,
+    )
+
+
+def solve_closed_loop(residence: Callable, concurrency: Scalar, *, max_batch_size: Scalar | None = None) -> SteadyState:
+    """Closed loop: B = min(concurrency, max_batch_size) requests in service, each sees all of them, itself included.
+
+    Throughput is B/residence(B); never saturated. Requests above the cap wait concurrency/throughput - residence(B),
+    exactly, by Little's law.
+
+    >>> state = solve_closed_loop(lambda n: 0.5 + 0.1 * n, 5.0)
+    >>> round(float(state.throughput), 12)
+    5.0
+    """
+    concurrency = jnp.asarray(concurrency, dtype=float)
+    cap = jnp.asarray(_UNCAPPED if max_batch_size is None else max_batch_size, dtype=float)
+    batch = jnp.minimum(concurrency, cap)
+    time = residence(batch)
+    throughput = batch / time
+    capacity = jnp.maximum(cap / residence(cap), throughput)
+    zero = jnp.zeros_like(batch)
+    return SteadyState(
+        effective_batch_size=batch,
+        batch_seen=batch,
+        residence_time=time,
+        throughput=throughput,
+        capacity=capacity,
+        utilization=throughput / capacity,
+        overload=zero,
+        residual=zero,
+        result=RESULTS.where((time > 0) & jnp.isfinite(time), RESULTS.successful, RESULTS.unconverged),
+    )
+
+
+def _bracketed_newton(function, low, high):
+    """Root of a decreasing function on [low, high] (function(low) >= 0 >= function(high)), ITERATIONS steps.
+
+    Newton where it stays inside the bracket, else the Illinois variant of false position: on convex and concave
+    functions the two close in from opposite sides.
+    """
+
+    def step(_, carry):
+        x, low, low_value, high, high_value = carry
+        value, slope = jax.jvp(function, (x,), (jnp.ones_like(x),))
+        right = value > 0  # the root lies to the right of x
+        low, low_value, high, high_value = (
+            jnp.where(right, x, low),
+            jnp.where(right, value, 0.5 * low_value),
+            jnp.where(right, high, x),
+            jnp.where(right, 0.5 * high_value, value),
+        )
+        newton = x - value / jnp.where(slope < 0, slope, -1.0)
+        # at the root rounding alone decides the side: a secant between such values could jump away again
+        settled = jnp.abs(value) < 64.0 * jnp.finfo(x.dtype).eps
+        inside = (settled | ((newton >= low) & (newton <= high))) & (slope < 0)
+        spread = low_value - high_value
+        secant = (low * -high_value + high * low_value) / jnp.where(spread > 0, spread, 1.0)
+        secant = jnp.where(spread > 0, secant, x)
+        return jnp.where(inside, newton, secant), low, low_value, high, high_value
+
+    low_value = function(low)
+    start = jnp.where(low_value <= 0, low, high)
+    carry = (start, low, low_value, high, -jnp.ones_like(high))  # the first step evaluates ``high``
+    return jax.lax.fori_loop(0, ITERATIONS, step, carry)[0]
+
+
+def _scan(demand, arrival_rate, alone, cap):
+    """Bracket of the smallest root of a form without the scale bound, from a grid over the batch."""
+    first = arrival_rate * alone
+    last = jnp.minimum(cap, jnp.maximum(1e6, 1e3 * first))
+    first = jnp.minimum(first, last)
+    grid = first * (last / first) ** jnp.linspace(0.0, 1.0, _SCAN_POINTS)
+    throughput = 1.0 / jax.vmap(lambda batch: demand(1.0 / batch))(grid)
+    capacity = jnp.max(throughput)
+    rate = jnp.minimum(arrival_rate, (1.0 - SATURATION_MARGIN) * capacity)
+    crossing = jnp.argmax(throughput >= rate)
+    low, high = grid[jnp.maximum(crossing - 1, 0)], grid[crossing]
+    metastable = jnp.any((jnp.arange(_SCAN_POINTS) > crossing) & (throughput < rate))
+    return capacity, rate, 1.0 / high, 1.0 / low, metastable

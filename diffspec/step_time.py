@@ -1,0 +1,224 @@
+"""Duration of one engine step: BatchState -> StepParts. Knows nothing of arrival rates, lengths or acceptance.
+
+The simulator, mixed workloads, trees and calibration samples all speak this one interface. A step time is *scale
+bounded* when its elasticity in the batch is at most 1 (doubling the batch at most doubles the step): then the
+equilibrium is unique and saturation is decided exactly (see :mod:`diffspec.steady_state`).
+"""
+
+from abc import abstractmethod
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from diffspec.experts import ExpertRouting
+from diffspec.parameters import Scalar, parameter
+
+
+class BatchState(eqx.Module):
+    """What one engine step works on; real-valued.
+
+    * ``sequences``: sequences that decode in this step [req]
+    * ``query_tokens``: tokens the verifier processes for them [tok]; sequences*(draft_length+1) for a chain
+    * ``kv_tokens``: cached tokens that they attend to [tok]
+    * ``prefill_tokens``: prompt tokens processed in this step [tok]
+    * ``draft_passes``: sequential passes of the drafter [1]; 0 without a drafter
+    * ``draft_tokens``: tokens the drafter emits [tok]
+    """
+
+    sequences: Scalar = 0.0
+    query_tokens: Scalar = 0.0
+    kv_tokens: Scalar = 0.0
+    prefill_tokens: Scalar = 0.0
+    draft_passes: Scalar = 0.0
+    draft_tokens: Scalar = 0.0
+
+
+class StepParts(eqx.Module):
+    """Where the time of one step goes [s]; the step lasts their sum, :attr:`total`."""
+
+    overhead: Scalar
+    prefill: Scalar
+    draft: Scalar
+    verify: Scalar
+
+    @property
+    def total(self):
+        """overhead + prefill + draft + verify [s]."""
+        return self.overhead + self.prefill + self.draft + self.verify
+
+
+class AbstractStepTime(eqx.Module):
+    """Interface of every step time. Implement ``__call__`` and say whether it is scale bounded.
+
+    A form of your own with ``scale_bounded = False`` is scanned for its smallest equilibrium instead of bracketed.
+    """
+
+    scale_bounded: eqx.AbstractVar[bool]
+
+    @abstractmethod
+    def __call__(self, state: BatchState) -> StepParts:
+        """Duration of the step that works on ``state``, by part [s]."""
+
+
+class DraftCost(eqx.Module):
+    """draft_passes*(pass_base + pass_sequence*sequences + pass_kv*kv_tokens) + block_base + block_sequence*sequences.
+
+    The last two terms count once a step whenever there is a drafter: a block drafter (MTP block, DFlash, DSpark,
+    PARD) has them alone, since its time hardly depends on draft_length. ``prefill_token`` is the drafter's own prefill.
+    """
+
+    pass_base: Scalar = parameter(0.0, unit="s", meaning="one draft pass, whatever the batch")
+    pass_sequence: Scalar = parameter(0.0, unit="s/req", meaning="one draft pass, for each sequence")
+    pass_kv: Scalar = parameter(0.0, unit="s/tok", meaning="one draft pass, for each cached token")
+    block_base: Scalar = parameter(0.0, unit="s", meaning="drafting once a step, whatever batch and draft length")
+    block_sequence: Scalar = parameter(0.0, unit="s/req", meaning="drafting once a step, for each sequence")
+    prefill_token: Scalar = parameter(0.0, unit="s/tok", meaning="drafter prefill, for each prompt token")
+
+    def draft(self, state: BatchState):
+        """Drafting time of one step [s]; zero without a drafter, so k = 0 and k -> 0+ differ by the block terms."""
+        per_pass = self.pass_base + self.pass_sequence * state.sequences + self.pass_kv * state.kv_tokens
+        once = self.block_base + self.block_sequence * state.sequences
+        return state.draft_passes * per_pass + jnp.where(jnp.asarray(state.draft_passes) > 0, once, 0.0)
+
+    def prefill(self, state: BatchState):
+        """Prefill time of the drafter [s]."""
+        time = self.prefill_token * state.prefill_tokens
+        return jnp.where(jnp.asarray(state.draft_passes) > 0, time, 0.0)
+
+    def scaled(self, ratio) -> "DraftCost":
+        """Every cost times ``ratio``: draft time is about linear in drafter parameters within a model family."""
+        return DraftCost(
+            pass_base=self.pass_base * ratio,
+            pass_sequence=self.pass_sequence * ratio,
+            pass_kv=self.pass_kv * ratio,
+            block_base=self.block_base * ratio,
+            block_sequence=self.block_sequence * ratio,
+            prefill_token=self.prefill_token * ratio,
+        )
+
+
+class ExpertCost(eqx.Module):
+    """Extra verification of a mixture of experts: weight_read*coverage(T) + sequence*coverage(T)*sequences.
+
+    T = sequences + token_share*(query_tokens - sequences) + token_share*prefill_tokens: neighbouring draft tokens share
+    experts, so they count less than independent ones (token_share = 1). ``sequence`` is the published load-dependent
+    coverage term (arXiv 2605.15051, Eq 4: C2s); it breaks the scale bound and is off (0) in fits.
+    """
+
+    routing: ExpertRouting
+    weight_read: Scalar = parameter(0.0, unit="s", meaning="reading every expert's weights once")
+    token_share: Scalar = parameter(
+        0.8, unit="1", low=0.0, high=1.0, meaning="independent tokens that one more token of a sequence counts as"
+    )
+    sequence: Scalar = 0.0
+
+    def effective_tokens(self, state: BatchState):
+        """T [tok], the number of independently routed tokens in the step."""
+        return state.sequences + self.token_share * (state.query_tokens - state.sequences + state.prefill_tokens)
+
+    def verify(self, state: BatchState):
+        """Expert part of verification [s]."""
+        coverage = self.routing.coverage(self.effective_tokens(state))
+        return coverage * (self.weight_read + self.sequence * state.sequences)
+
+
+class AffineStepTime(AbstractStepTime):
+    """Linear in every load: verify = base + sequence*n + query*query_tokens + kv*kv_tokens (+ experts).
+
+    Contains the published model (arXiv 2605.15051, Eq 3): ci_verify = (verify_base, verify_sequence), ci_draft =
+    (draft.pass_base, draft.pass_sequence). Times in s, tokens in tok. Launch overhead and weight reads are one number
+    here (verify_base): an affine form cannot tell them apart.
+
+    >>> step = AffineStepTime(verify_base=0.01, verify_query=1e-4)
+    >>> round(float(step(BatchState(sequences=8.0, query_tokens=40.0)).total), 6)
+    0.014
+    """
+
+    verify_base: Scalar = parameter(unit="s", meaning="one verification, whatever the batch (weights, launches)")
+    verify_sequence: Scalar = parameter(0.0, unit="s/req", meaning="verification, for each sequence")
+    verify_query: Scalar = parameter(0.0, unit="s/tok", meaning="verification, for each verified token")
+    verify_kv: Scalar = parameter(0.0, unit="s/tok", meaning="verification, for each cached token")
+    prefill_token: Scalar = parameter(0.0, unit="s/tok", meaning="verifier prefill, for each prompt token")
+    draft: DraftCost = DraftCost()
+    experts: ExpertCost | None = None
+    scale_bounded: bool = eqx.field(static=True, default=True)
+
+    def __call__(self, state: BatchState) -> StepParts:
+        imbalance = 1.0 if self.experts is None else self.experts.routing.load_imbalance()
+        verify = (
+            self.verify_base
+            + self.verify_sequence * state.sequences
+            + self.verify_query * imbalance * state.query_tokens
+            + self.verify_kv * state.kv_tokens
+        )
+        if self.experts is not None:
+            verify = verify + self.experts.verify(state)
+        return StepParts(
+            overhead=jnp.zeros_like(verify),
+            prefill=self.prefill_token * state.prefill_tokens + self.draft.prefill(state),
+            draft=self.draft.draft(state),
+            verify=verify,
+        )
+
+
+class RooflineStepTime(AbstractStepTime):
+    """Verification as a smooth roofline: verify = (memory^s + compute^s)^(1/s), sharpness s >= 1.
+
+    * memory = weight_read + expert reads (coverage) + kv_read*kv_tokens
+    * compute = token_compute*T/sqrt(1 + T*inefficiency), T = query_tokens: inefficiency > 0 says that few tokens cost
+      more each than many (small matrices run inefficiently); load imbalance over expert ranks multiplies T's cost
+    * overhead = step_overhead + sequence_overhead*sequences, outside the roofline (launches, scheduling, sampling)
+
+    s = 1 is the sum of both sides, s -> inf their maximum; the p-norm is scale-free (doubling all times doubles it).
+    Elasticity in the batch <= 1: each side's is, and the p-norm averages them.
+
+    >>> step = RooflineStepTime(weight_read=0.01, token_compute=1e-4, sharpness=8.0)
+    >>> round(float(step(BatchState(sequences=1.0, query_tokens=1.0)).total), 4)
+    0.01
+    """
+
+    weight_read: Scalar = parameter(unit="s", meaning="reading the verifier's shared weights")
+    token_compute: Scalar = parameter(unit="s/tok", meaning="computing one verified token")
+    kv_read: Scalar = parameter(0.0, unit="s/tok", meaning="reading one cached token")
+    inefficiency: Scalar = parameter(0.0, unit="1/tok", meaning="how much more the first tokens cost")
+    sharpness: Scalar = parameter(2.0, unit="1", low=1.0, high=12.0, meaning="roofline corner: 1 sum, large maximum")
+    step_overhead: Scalar = parameter(0.0, unit="s", meaning="one step's launch, scheduling and sampling")
+    sequence_overhead: Scalar = parameter(0.0, unit="s/req", meaning="the same, for each sequence")
+    prefill_token: Scalar = parameter(0.0, unit="s/tok", meaning="verifier prefill, for each prompt token")
+    draft: DraftCost = DraftCost()
+    experts: ExpertCost | None = None
+    scale_bounded: bool = eqx.field(static=True, default=True)
+
+    def __call__(self, state: BatchState) -> StepParts:
+        memory = self.weight_read + self.kv_read * state.kv_tokens
+        compute = self.token_compute * state.query_tokens / jnp.sqrt(1.0 + self.inefficiency * state.query_tokens)
+        if self.experts is not None:
+            memory = memory + self.experts.verify(state)
+            compute = compute * self.experts.routing.load_imbalance()
+        verify = smooth_maximum(memory, compute, self.sharpness)
+        return StepParts(
+            overhead=self.step_overhead + self.sequence_overhead * state.sequences,
+            prefill=self.prefill_token * state.prefill_tokens + self.draft.prefill(state),
+            draft=self.draft.draft(state),
+            verify=verify,
+        )
+
+
+def smooth_maximum(a, b, sharpness):
+    """(a^s + b^s)^(1/s) for a > 0, b >= 0, computed relative to the larger, so that nothing over- or underflows."""
+    high, low = jnp.maximum(a, b), jnp.minimum(a, b)
+    ratio = jnp.maximum(low / high, jnp.finfo(jnp.result_type(float)).tiny)
+    return high * jnp.exp(jnp.log1p(jnp.exp(sharpness * jnp.log(ratio))) / sharpness)
+
+
+def scaled(step_time, *, verifier: Scalar = 1.0, drafter: Scalar = 1.0):
+    """A step time for models of other sizes: verifier costs times ``verifier``, drafter costs times ``drafter``.
+
+    The ratios are parameter counts over those of the fitted deployment. About linear within one model family only
+    (arXiv 2605.15051): drafting latency follows depth, and overheads that do not scale are not scaled.
+    """
+    per_weight = ("verify_base", "verify_query", "weight_read", "token_compute", "prefill_token")
+    names = [name for name in per_weight if hasattr(step_time, name)]
+    step_time = eqx.tree_at(lambda s: s.draft, step_time, step_time.draft.scaled(drafter))
+    values = [getattr(step_time, name) * verifier for name in names]
+    return eqx.tree_at(lambda s: [getattr(s, name) for name in names], step_time, values)

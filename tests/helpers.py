@@ -1,0 +1,36 @@
+"""What several tests share: relative closeness, finite differences in log coordinates, outcome names."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from diffspec.results import RESULTS
+
+# fourth-order central differences: offsets in steps, weights over the step
+_OFFSETS = np.array([-2.0, -1.0, 1.0, 2.0])
+_WEIGHTS = np.array([1.0, -8.0, 8.0, -1.0]) / 12.0
+
+
+def assert_close(actual, expected, rtol: float, atol: float = 0.0) -> None:
+    """|actual - expected| <= atol + rtol*|expected|, NaN never equal, shapes alike after broadcasting."""
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=rtol, atol=atol, equal_nan=False)
+
+
+def finite_difference(rows: Callable, point, step: float) -> np.ndarray:
+    """d rows/d point by fourth-order central differences; `rows` maps (m, d) points to (m, ...) values in one call.
+
+    Result (d, ...). `point` is in log coordinates where values are positive: then one step fits every scale.
+    """
+    point = np.asarray(point, dtype=float)
+    d = point.size
+    shifts = (np.eye(d)[:, None, :] * _OFFSETS[None, :, None] * step).reshape(4 * d, d)
+    values = np.asarray(rows(point[None, :] + shifts))
+    return np.tensordot(_WEIGHTS / step, values.reshape(d, 4, *values.shape[1:]), axes=([0], [1]))
+
+
+def names(result, size: int) -> list[str]:
+    """Outcome names of a batch of `size` outcomes."""
+    outcomes = ("successful", "saturated", "metastable", "unconverged")
+    lanes = np.stack([np.broadcast_to(np.asarray(result == getattr(RESULTS, name)), size) for name in outcomes])
+    assert np.all(lanes.sum(axis=0) == 1)
+    return [outcomes[i] for i in lanes.argmax(axis=0)]
