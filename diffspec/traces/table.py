@@ -1,0 +1,166 @@
+"""Read an operating-point table, CSV or Parquet, told apart by content.
+
+Nothing is interpreted here: cells stay as they were found (CSV cells are text), and `validate` turns them into the
+canonical frame. What is wrong with single rows while reading (too few or too many cells) travels in
+``frame.attrs["problems"]`` so that `validate` reports it with the rest.
+"""
+
+import csv
+import io
+from pathlib import Path
+
+import pandas as pd
+
+from .problems import Problem
+from .schema import NAMES, RESERVED
+from .validation import validate
+
+__all__ = ["read_bytes", "read_table", "table_from_bytes", "validate"]
+
+_MAGIC = (
+    (b"PK\x03\x04", "a zip archive or Excel workbook", "export the sheet as CSV (UTF-8)"),
+    (b"\x1f\x8b", "a gzip file", "unpack it first"),
+    (b"BZh", "a bzip2 file", "unpack it first"),
+    (b"\xfd7zXZ", "an xz file", "unpack it first"),
+    (b"%PDF", "a PDF document", "export the table as CSV"),
+    (b"SQLite format 3", "an SQLite database", "export the table as CSV"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the data", "run: git lfs pull"),
+)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a file. Raises `TraceError` when it is missing, empty, a folder or unreadable."""
+    file = str(path)
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise Problem("no such file", file=file, advice="check the path").error() from None
+    except IsADirectoryError:
+        raise Problem("a folder where a file is needed", file=file).error() from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise Problem(f"cannot be read: {reason}", file=file).error() from None
+    if not data.strip():
+        raise Problem("the file is empty", file=file, allowed="a header line and at least one row").error()
+    return data
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Read one CSV or Parquet file of operating points, without interpreting its cells.
+
+    Adds `source_file` and `source_row` (the header is row 1). Hand the frame to `validate` for the canonical one.
+    CSV may be separated by commas, tabs or semicolons and must be UTF-8. Raises `TraceError` for a file that is
+    missing, empty, cut off or no table (binary, HTML, JSON, duplicate column names).
+    """
+    return table_from_bytes(read_bytes(path), str(path))
+
+
+def table_from_bytes(data: bytes, file: str) -> pd.DataFrame:
+    """`read_table` for bytes already in memory; `file` is the name used in errors."""
+    for magic, what, advice in _MAGIC:
+        if data.startswith(magic):
+            raise Problem(f"this is {what}, not a table", file=file, advice=advice).error()
+    if data.startswith(b"PAR1"):
+        return _parquet(data, file)
+    return _csv(decode(data, file), file)
+
+
+def decode(data: bytes, file: str) -> str:
+    """Text of a UTF-8 file, with or without a byte-order mark. Raises `TraceError` for anything else."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise Problem("the text is UTF-16", file=file, allowed="UTF-8", advice="save it again as UTF-8").error()
+    if b"\x00" in data:
+        raise Problem("binary data, not a table", file=file, allowed="CSV, Parquet or benchmark JSON").error()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise Problem(
+            f"line {line} is not UTF-8 text (byte 0x{data[error.start]:02x})",
+            file=file,
+            allowed="CSV in UTF-8, Parquet or benchmark JSON",
+            advice="save it again as UTF-8",
+        ).error() from None
+
+
+def _parquet(data: bytes, file: str) -> pd.DataFrame:
+    if len(data) < 12 or not data.endswith(b"PAR1"):
+        raise Problem("the Parquet file is cut off", file=file, advice="copy or write it again").error()
+    try:
+        frame = pd.read_parquet(io.BytesIO(data))
+    except Exception as error:  # pyarrow raises many kinds, some of them OSError
+        raise Problem(f"the Parquet file cannot be read: {str(error)[:200]}", file=file).error() from None
+    frame = frame.reset_index(drop=True)
+    frame.columns = [str(name).strip() for name in frame.columns]
+    _check_header(list(frame.columns), file)
+    return _sourced(frame, file, [position + 2 for position in range(len(frame))], [])
+
+
+def _csv(text: str, file: str) -> pd.DataFrame:
+    start = text.lstrip()[:200].lower()
+    if start.startswith("<"):
+        raise Problem("this is a web page or XML, not a table", file=file, advice="download the raw file").error()
+    if start.startswith(("{", "[")):
+        raise Problem("this is JSON, not a table", file=file, advice="read_trace detects benchmark JSON").error()
+    header_line = text.lstrip("\r\n").split("\n", 1)[0]
+    delimiter = max(",\t;", key=header_line.count)
+    try:
+        # csv.reader is lazy: the list makes its errors appear here.
+        lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        reason = "a quoted cell is never closed" if "unexpected end" in str(error) else str(error)
+        raise Problem(f"not valid CSV: {reason}", file=file, advice="the file may be cut off").error() from None
+    numbered = [(row, cells) for row, cells in enumerate(lines, start=1) if any(cell.strip() for cell in cells)]
+    if not numbered:
+        raise Problem("the file is empty", file=file, allowed="a header line and at least one row").error()
+    header = numbered[0][1]
+    header = [cell.strip() for cell in header]
+    while header and not header[-1]:
+        header.pop()
+    _check_header(header, file)
+    width, rows, body, problems = len(header), [], [], []
+    for row, cells in numbered[1:]:
+        spare = [cell for cell in cells[width:] if cell.strip()]
+        if len(cells) < width or spare:
+            last = row == numbered[-1][0]
+            advice = "the file may be cut off" if last and not spare else "quote cells that contain the separator"
+            problems.append(
+                Problem("wrong number of cells", file, row, None, len(cells), f"{width}, as in the header", advice)
+            )
+        rows.append(row)
+        body.append((cells + [""] * width)[:width])
+    names = [name or f"unnamed_{position}" for position, name in enumerate(header, start=1)]
+    return _sourced(pd.DataFrame(body, columns=names, dtype=object), file, rows, problems)
+
+
+def _check_header(header: list[str], file: str) -> None:
+    named = [name for name in header if name]
+    twice = sorted({name for name in named if named.count(name) > 1})
+    if twice:
+        raise Problem(
+            "duplicate column names", file=file, row=1, column=twice[0], got=", ".join(twice), allowed="each name once"
+        ).error()
+    if set(named) & set(NAMES):
+        return
+    if {"arrival_time", "first_token_time", "completion_time"} & set(named):
+        raise Problem(
+            "this is a request table (one row a request), not operating points",
+            file=file,
+            advice="summarize it into operating points first",
+        ).error()
+    raise Problem(
+        "no column of the operating-point table in the header",
+        file=file,
+        row=1,
+        got=", ".join(named[:6]),
+        allowed="names such as arrival_rate, prompt_length, output_length, draft_length, ttft_mean, itl_mean",
+        advice="start from the template; the first line must hold the column names",
+    ).error()
+
+
+def _sourced(frame: pd.DataFrame, file: str, rows: list[int], problems: list[Problem]) -> pd.DataFrame:
+    frame = frame.drop(columns=[name for name in RESERVED if name in frame.columns])
+    frame["source_file"] = pd.Series([file] * len(frame), dtype=object, index=frame.index)
+    frame["source_row"] = pd.Series(rows, dtype="int64", index=frame.index)
+    frame.attrs["problems"] = problems
+    return frame

@@ -1,0 +1,149 @@
+"""A trace: the operating points of one or more files as one canonical frame."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..results import InputError
+from .problems import Problem, error_from
+from .schema import NAMES, RESERVED
+from .table import decode, read_bytes, table_from_bytes, validate
+from .vllm_bench import bench_from_text, read_vllm_bench
+from .where import matches
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Operating points that passed validation.
+
+    `frame`, the canonical frame (see `validate`); `warnings`, one line each; `bad_rows`, the rows set aside while
+    reading, as they were found, with a column `problem` (None unless asked for); `sources`, the files read.
+    """
+
+    frame: pd.DataFrame
+    warnings: list[str] = field(default_factory=list)
+    bad_rows: pd.DataFrame | None = None
+    sources: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def digest(self) -> str:
+        """SHA-256 over the canonical columns as text, in hex. It does not change with the order of rows or columns,
+        the file format, the name of the file, or unknown columns."""
+        text = "\x1e".join([",".join(NAMES), *sorted(_row_texts(self.frame))])
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def where(self, expression: str) -> "Trace":
+        """The rows that satisfy an expression such as ``draft_length == 4 and arrival_rate <= 3`` (see `matches`).
+        Raises `InputError` when it cannot be read, names no column of the trace, or leaves no row."""
+        kept = self.frame.loc[matches(self.frame, expression)].reset_index(drop=True)
+        if not len(kept):
+            raise InputError(f"filter {expression!r}: none of {len(self.frame)} rows matches")
+        return replace(self, frame=kept)
+
+
+def read_trace(paths: Sequence[str | Path] | str | Path, *, skip_bad_rows: bool = False) -> Trace:
+    """Read operating points from files and folders and join them; formats are detected by content.
+
+    CSV and Parquet tables and the JSON of `vllm bench serve` (files, JSON lines, folders) are understood. All problems
+    of all files are gathered and raised as one `TraceError` (`TraceProblems` when there are several) whose `file`,
+    `row`, `column`, `got`, `allowed` and `advice` are those of the first. With `skip_bad_rows`, rows with a problem
+    move to `Trace.bad_rows` instead; problems of a whole file, and a trace without a good row, still raise.
+    """
+    given = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    if not given:
+        raise InputError("no trace given; name at least one file or folder")
+    frames, bad, warnings, sources, problems = [], [], [], [], []
+    for path in given:
+        raw = _read(path)
+        file = str(path)
+        frame, notes, found = validate(raw, file)
+        warnings += notes
+        sources += list(dict.fromkeys(raw["source_file"])) if len(raw) else [file]
+        if skip_bad_rows and all(problem.row is not None for problem in found):
+            frame, spoilt = _part(frame, raw, found)
+            bad.append(spoilt)
+            if not len(frame):
+                problems += found
+        else:
+            problems += found
+        frames.append(frame)
+    if problems:
+        raise error_from(problems)
+    frame = pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0].reset_index(drop=True)
+    frame = frame.loc[:, [*(name for name in frame.columns if name not in RESERVED), "source_file", "source_row"]]
+    warnings += _twice(frame)
+    bad_rows = pd.concat(bad, ignore_index=True) if skip_bad_rows else None
+    return Trace(frame, warnings, bad_rows, sources)
+
+
+def _read(path: str | Path) -> pd.DataFrame:
+    if Path(path).is_dir():
+        return read_vllm_bench(path)
+    data = read_bytes(path)
+    if data[:200].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
+        return bench_from_text(decode(data, str(path)), str(path))
+    return table_from_bytes(data, str(path))
+
+
+def _part(frame: pd.DataFrame, raw: pd.DataFrame, problems: list[Problem]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Good rows of the canonical frame, and bad rows as they were found with what is wrong with them."""
+    told: dict[tuple, list[str]] = {}
+    for problem in problems:
+        told.setdefault((problem.file, problem.row), []).append(problem.line(with_file=False))
+    places = list(zip(raw["source_file"], raw["source_row"], strict=True))
+    good = np.array([place not in told for place in places], bool)
+    spoilt = raw.loc[~good].reset_index(drop=True)
+    spoilt.attrs = {}
+    reasons = ["; ".join(told[place]) for place in places if place in told]
+    return frame.loc[good].reset_index(drop=True), spoilt.assign(problem=pd.Series(reasons, dtype=object))
+
+
+def _twice(frame: pd.DataFrame) -> list[str]:
+    """Rows alike in every canonical column are one run read twice."""
+    seen: dict[str, int] = {}
+    warnings = []
+    for index, line in enumerate(_row_texts(frame)):
+        first = seen.setdefault(line, index)
+        if first != index:
+            pair = [f"{frame['source_file'][i]} row {frame['source_row'][i]}" for i in (index, first)]
+            warnings.append(f"{pair[0]} repeats {pair[1]} exactly; both are kept")
+    return warnings if len(warnings) <= 5 else [*warnings[:5], f"... and {len(warnings) - 5} more repeated rows"]
+
+
+def to_csv(frame: pd.DataFrame) -> str:
+    """A canonical frame as CSV text that `read_table` and `validate` turn back into the same rows.
+
+    Numbers are written so that they come back exactly; columns without any value, `source_file` and
+    `source_row` are left out.
+    """
+    names = [name for name in frame.columns if name not in RESERVED and not _empty(frame[name])]
+    return pd.DataFrame({name: [_cell(cell) for cell in frame[name]] for name in names}, dtype=object).to_csv(
+        index=False, lineterminator="\n"
+    )
+
+
+def _empty(cells: Iterable) -> bool:
+    return all(_cell(cell) == "" for cell in cells)
+
+
+def _row_texts(frame: pd.DataFrame) -> list[str]:
+    columns = [[_cell(cell) for cell in frame[name]] for name in NAMES]
+    return ["\x1f".join(cells) for cells in zip(*columns, strict=True)]
+
+
+def _cell(cell) -> str:
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return ""
+    if isinstance(cell, tuple):
+        return ";".join(_cell(entry) for entry in cell)
+    if isinstance(cell, float):
+        cell = float(cell)
+        return str(int(cell)) if cell.is_integer() and abs(cell) < 2**53 else repr(cell)
+    return str(cell)
