@@ -1,0 +1,1 @@
+"""Questions put to a fitted model: one operating point, its sensitivities."""

@@ -1,0 +1,84 @@
+"""What moves a metric: exact elasticities d log(metric)/d log(input), through the equilibrium's implicit derivative."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffspec.analysis.answers import FAST_COMPILE, METRICS, finite
+from diffspec.fit.deployment import FittedDeployment
+from diffspec.parameters import get_parameters, parameter_infos, set_parameters
+from diffspec.results import InputError, outcome_name
+from diffspec.serving import Configuration, ServingModel
+from diffspec.workload import Workload
+
+WORKLOAD_UNITS = {
+    "arrival_rate": "req/s",
+    "concurrency": "req",
+    "prompt_length": "tok",
+    "output_length": "tok",
+    "arrival_scv": "1",
+}
+
+
+@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+def _elasticities(metric: str, serving: ServingModel, workload: Workload, config: Configuration):
+    def log_metric(log_parameters, log_fields):
+        model = set_parameters(serving, {path: jnp.exp(value) for path, value in log_parameters.items()})
+        fields = {name: jnp.exp(value) for name, value in log_fields.items()}
+        load = Workload(**{name: getattr(workload, name) for name in WORKLOAD_UNITS} | fields)
+        prediction = model.predict(load, config)
+        return jnp.log(getattr(prediction, METRICS[metric])), prediction
+
+    fields = {name: getattr(workload, name) for name in WORKLOAD_UNITS if getattr(workload, name) is not None}
+    logs = (jax.tree.map(jnp.log, get_parameters(serving)), jax.tree.map(jnp.log, fields))
+    gradients, prediction = jax.grad(log_metric, argnums=(0, 1), has_aux=True)(*logs)
+    return gradients, prediction
+
+
+def sensitivity(
+    deployment: FittedDeployment, workload: Workload, config: Configuration, metric: str = "e2e_mean"
+) -> dict[str, Any]:
+    """Elasticities of ``metric`` with respect to every positive parameter and workload field, largest first.
+
+    An elasticity of 0.7 says: 1 % more of the input gives 0.7 % more of the metric. Returns ``{"metric", "value",
+    "outcome", "elasticities": [{"name", "kind", "elasticity", "value", "unit"}], "warnings"}``, kind ``"parameter"`` or
+    ``"workload"``; at saturation the value is None and the elasticities are those at 0.999 of
+    capacity, with a warning.
+    Errors: :class:`InputError` for an unknown metric.
+    """
+    if metric not in METRICS:
+        raise InputError(f"metric: got {metric!r}; allowed: {', '.join(METRICS)}")
+    values = {path: float(value) for path, value in get_parameters(deployment.serving).items()}
+    moving = {path: value for path, value in values.items() if value > 0}  # log coordinates; 0 is switched off
+    serving = set_parameters(deployment.serving, {path: np.asarray(value) for path, value in values.items()})
+    workload, config = (jax.tree.map(lambda leaf: np.asarray(leaf, dtype=float), part) for part in (workload, config))
+    (by_parameter, by_field), prediction = _elasticities(metric, serving, workload, config)
+    infos = parameter_infos(deployment.serving)
+    rows = [
+        {
+            "name": path.removeprefix("step_time."),
+            "kind": "parameter",
+            "elasticity": finite(by_parameter[path]),
+            "value": value,
+            "unit": infos[path].unit,
+        }
+        for path, value in moving.items()
+    ]
+    for name, slope in by_field.items():
+        value = float(getattr(workload, name))
+        if value > 0:
+            entry = {"elasticity": finite(slope), "value": value, "unit": WORKLOAD_UNITS[name]}
+            rows.append({"name": name, "kind": "workload"} | entry)
+    rows.sort(key=lambda row: -abs(row["elasticity"] or 0.0))
+    outcome = outcome_name(prediction.result)
+    warnings = deployment.caveats(
+        float(config.draft_length),
+        {name: float(getattr(workload, name)) for name in WORKLOAD_UNITS if getattr(workload, name) is not None},
+    )
+    if outcome == "saturated":
+        warnings.append("saturated: elasticities are those at 0.999 of capacity, where the load itself cannot move")
+    value = None if outcome == "saturated" else finite(getattr(prediction, METRICS[metric]))
+    return {"metric": metric, "value": value, "outcome": outcome, "elasticities": rows, "warnings": warnings}

@@ -1,0 +1,186 @@
+"""Errors of a fitted model on measured rows."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from diffspec.fit.deployment import FittedDeployment, FittedModel
+from diffspec.fit.observations import NEVER_ENDING, PREDICTED, Block, observations
+from diffspec.results import InputError
+from diffspec.traces import Trace, set_aside_reasons
+
+MEANS = ("ttft_mean", "itl_mean", "tpot_mean", "e2e_mean")
+SPLIT_UTILIZATION = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Measured and predicted values of one deployment's rows, in trace order: ``measured[name][row]`` (NaN where
+    missing), ``predicted[name][row]``, and per row whether the *steady state* saturates and its utilization."""
+
+    frame: Any
+    measured: dict[str, np.ndarray]
+    predicted: dict[str, np.ndarray]
+    saturated: np.ndarray
+    utilization: np.ndarray
+
+
+@partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+def _predict(serving, blocks: tuple[Block, ...]):
+    return [jax.vmap(lambda w, c: serving.predict(w, c))(block.workload, block.config) for block in blocks]
+
+
+def predict_trace(deployment: FittedDeployment, frame) -> Scored:
+    """Predict every row of one deployment's frame, each as the finite run it was."""
+    data = observations(frame, deployment.defaults, deployment.acceptance)
+    predictions = _predict(deployment.serving, tuple(_with_steady_twins(block) for block in data.blocks))
+    back = np.argsort(data.order)
+
+    def gather(field, twin):
+        halves = [np.split(np.asarray(getattr(prediction, field)), 2)[twin] for prediction in predictions]
+        return np.concatenate(halves)[back]
+
+    measured = {name: value[back] for name, value in data.observed.items()}
+    utilization = gather("utilization", 1)
+    ratios = deployment.quality.get("stand_in_ratios", {})
+    return Scored(
+        frame=frame,
+        measured=measured,
+        predicted={
+            name: gather(PREDICTED.get(name.split("_")[0], "throughput"), 0) * ratios.get(name, 1.0)
+            for name in measured
+        },
+        saturated=(utilization >= 1.0) & frame["arrival_rate"].notna().to_numpy(),
+        utilization=utilization,
+    )
+
+
+def _with_steady_twins(block: Block) -> Block:
+    """The rows twice: as the finite runs they were, and as steady states, which alone can saturate."""
+    twice = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf]), block)
+    if not block.workload.is_open:
+        return twice
+    endless = np.concatenate([np.asarray(block.workload.n_requests), np.full(len(block), NEVER_ENDING)])
+    return eqx.tree_at(lambda b: b.workload.n_requests, twice, endless)
+
+
+def scored_columns(scored: Scored) -> dict[str, np.ndarray]:
+    """Observables that are scored -> rows that count: every mean; medians where the mean is missing from the whole
+    column; throughput in closed loops."""
+    columns = {}
+    for name, values in scored.measured.items():
+        rows = np.isfinite(values)
+        metric = name.split("_")[0]
+        if name == "throughput":
+            rows = rows & scored.frame["concurrency"].notna().to_numpy()
+        elif name.endswith("_p50"):
+            if f"{metric}_mean" in scored.measured:
+                continue
+        elif not name.endswith("_mean"):
+            continue
+        if rows.any():
+            columns[name] = rows
+    return columns
+
+
+def error_summary(measured: np.ndarray, predicted: np.ndarray, saturated: np.ndarray) -> dict[str, Any]:
+    """rows, mape, max_ape, r2 (None for fewer than two different values), bias; errors as fractions. A saturated
+    prediction counts as an error of 1.0 in mape and max_ape."""
+    relative = predicted / measured - 1.0
+    absolute = np.where(saturated, 1.0, np.abs(relative))
+    total = float(np.sum((measured - measured.mean()) ** 2))
+    r2 = None if len(measured) < 2 or total == 0 else 1.0 - float(np.sum((measured - predicted) ** 2)) / total
+    return {
+        "rows": len(measured),
+        "mape": float(absolute.mean()),
+        "max_ape": float(absolute.max()),
+        "r2": r2,
+        "bias": float(relative[~saturated].mean()) if (~saturated).any() else None,
+    }
+
+
+def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
+    """Error summary per observable over several deployments, with bias below and above utilization 0.5."""
+    gathered: dict[str, list[tuple[np.ndarray, ...]]] = {}
+    for part in scored:
+        for name, rows in scored_columns(part).items():
+            gathered.setdefault(name, []).append(
+                (part.measured[name][rows], part.predicted[name][rows], part.saturated[rows], part.utilization[rows])
+            )
+    metrics = {}
+    for name, parts in gathered.items():
+        measured, predicted, saturated, utilization = (np.concatenate(column) for column in zip(*parts, strict=True))
+        metrics[name] = error_summary(measured, predicted, saturated)
+        relative = predicted / measured - 1.0
+        for side, chosen in (
+            ("bias_low_load", utilization < SPLIT_UTILIZATION),
+            ("bias_high_load", utilization >= SPLIT_UTILIZATION),
+        ):
+            chosen = chosen & ~saturated
+            metrics[name][side] = float(relative[chosen].mean()) if chosen.any() else None
+        if name.endswith("_p50"):
+            metrics[name]["stands_in_for"] = name.replace("_p50", "_mean")
+    return metrics
+
+
+def not_predicted(frame) -> list[str]:
+    """Observed columns of the table that this version cannot predict (percentiles, and medians beside a mean)."""
+    return [
+        name
+        for name in frame.columns
+        if name.startswith(("ttft_", "itl_", "tpot_", "e2e_"))
+        and frame[name].notna().any()
+        and not name.endswith("_mean")
+        and not (name.endswith("_p50") and not frame[name.replace("_p50", "_mean")].notna().any())
+    ]
+
+
+def evaluate(model: FittedModel, trace: Trace, *, all_rows: bool = False) -> dict[str, Any]:
+    """Score ``model`` on the rows of ``trace``; deployments are matched by name.
+
+    Rows that are not stationary are set aside and counted by reason unless ``all_rows``. Returns ``{"rows",
+    "deployments", "metrics": {observable: {"rows", "mape", "max_ape", "r2", "bias", ...}}, "set_aside": {reason: n},
+    "saturated_rows", "not_predicted", "warnings"}``, errors as fractions.
+
+    Errors: :class:`InputError` when the trace names a deployment that the model lacks (a model with one deployment
+    scores a trace with one deployment whatever their names, with a warning) or when no row is left.
+    """
+    scored, names, reasons, warnings = [], [], {}, list(trace.warnings)
+    groups = list(trace.frame.groupby("deployment", sort=False))
+    for name, frame in groups:
+        if name not in model.deployments and len(groups) == 1 and len(model.deployments) == 1:
+            only = next(iter(model.deployments))
+            warnings.append(f"deployment {name!r} of the trace scored with the model's only deployment {only!r}")
+            deployment = model.deployments[only]
+        else:
+            deployment = model.deployment(str(name))
+        asides = set_aside_reasons(frame)
+        kept = np.asarray([all_rows or reason is None for reason in asides])
+        for reason in asides:
+            if reason is not None and not all_rows:
+                reasons[reason_kind(reason)] = reasons.get(reason_kind(reason), 0) + 1
+        names.append(str(name))
+        if kept.any():
+            scored.append(predict_trace(deployment, frame[kept].reset_index(drop=True)))
+    if not scored:
+        raise InputError(f"no row left to score: {reasons}; score them all the same with --all-rows")
+    return {
+        "rows": int(sum(len(part.frame) for part in scored)),
+        "deployments": names,
+        "metrics": summarise(scored),
+        "set_aside": reasons,
+        "saturated_rows": int(sum(part.saturated.sum() for part in scored)),
+        "not_predicted": not_predicted(trace.frame),
+        "warnings": warnings,
+    }
+
+
+def reason_kind(reason: str) -> str:
+    """A set-aside reason without its numbers, so that alike rows are counted together."""
+    return re.sub(r"^[\d.e+]+ ", "", reason.split(":")[0])

@@ -1,0 +1,193 @@
+"""The verb `fit`: a trace becomes a fitted model, one deployment at a time."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffspec.fit.deployment import FittedDeployment, FittedModel, used_versions
+from diffspec.fit.evaluate import not_predicted, predict_trace, reason_kind, summarise
+from diffspec.fit.forms import build_form, read_scales
+from diffspec.fit.objective import build_objective, choose_targets
+from diffspec.fit.observations import acceptance_curve, observations, require_rows
+from diffspec.fit.select import candidate_forms, folds_of, held_out_error, simplest_good
+from diffspec.fit.solve import LANES, minimise, random_starts
+from diffspec.results import InputError
+from diffspec.traces import Trace, matches, set_aside_reasons
+from diffspec.workload import check_range
+
+STEP_TIMES = ("auto", "affine", "roofline")
+LEAST_ROWS = 4
+OBSERVABLES = ("ttft", "itl", "tpot", "e2e", "throughput")
+
+Progress = Callable[[str, float], None]
+
+
+def fit(
+    trace: Trace,
+    *,
+    step_time: str = "auto",
+    holdout: str | None = None,
+    observables: tuple[str, ...] | None = None,
+    all_rows: bool = False,
+    progress: Progress | None = None,
+) -> FittedModel:
+    """Fit one model per deployment of ``trace``.
+
+    * ``step_time``: ``affine``, ``roofline``, or ``auto`` (the form with the smallest held-out error wins)
+    * ``holdout``: an expression such as ``"draft_length==3"``; those rows are left out and scored afterwards
+    * ``observables``: restrict the objective, such as ``("ttft", "itl")``
+    * ``all_rows``: use rows that are not stationary too; they are set aside otherwise
+    * ``progress(what, share)`` is called while working
+
+    Needs float64: set ``jax.config.update("jax_enable_x64", True)`` first, as the command line does.
+    Errors: :class:`InputError` for unknown names, too few rows (fewer than 4 usable in a deployment), or float32.
+    """
+    if not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise InputError('fitting needs float64: call jax.config.update("jax_enable_x64", True) first')
+    if step_time not in STEP_TIMES:
+        raise InputError(f"step_time: got {step_time!r}; allowed: {', '.join(STEP_TIMES)}")
+    unknown = [name for name in observables or () if name not in OBSERVABLES]
+    if unknown:
+        raise InputError(f"observables: got {', '.join(unknown)}; allowed: {', '.join(OBSERVABLES)}")
+    held_out = np.zeros(len(trace), dtype=bool)
+    if holdout is not None:
+        held_out = np.asarray(matches(trace.frame, holdout), dtype=bool)
+        if not held_out.any():
+            raise InputError(f"holdout {holdout!r}: none of {len(trace)} rows matches")
+    report = progress or (lambda what, share: None)
+    fitted = []
+    for name, frame in trace.frame.groupby("deployment", sort=False):
+        apart = held_out[frame.index.to_numpy()]
+        deployment = _fit_deployment(str(name), frame[~apart], step_time, observables, all_rows, report)
+        if apart.any():
+            scores = _score(deployment, frame[apart], all_rows)
+            deployment.quality["holdout"] = {"expression": holdout, "rows": int(apart.sum()), "metrics": scores}
+        fitted.append(deployment)
+    used = replace(trace, frame=trace.frame[~held_out])
+    return FittedModel({d.name: d for d in fitted}, used.digest(), used_versions())
+
+
+def _score(deployment: FittedDeployment, frame, all_rows: bool) -> dict[str, Any]:
+    kept = [all_rows or reason is None for reason in set_aside_reasons(frame)]
+    frame = frame[kept].reset_index(drop=True)
+    return summarise([predict_trace(deployment, frame)]) if len(frame) else {}
+
+
+def _fit_deployment(name, frame, step_time, observables, all_rows, report: Progress) -> FittedDeployment:
+    reasons = set_aside_reasons(frame)
+    kept = np.asarray([all_rows or reason is None for reason in reasons], dtype=bool)
+    counted = Counter(reason_kind(reason) for reason in reasons if reason is not None and not all_rows)
+    frame = frame[kept].reset_index(drop=True)
+    require_rows(frame, name, LEAST_ROWS)
+    curve = acceptance_curve(frame)
+    defaults = _defaults(frame)
+    data = observations(frame, defaults, curve)
+    targets = choose_targets(data, observables)
+    if not targets:
+        raise InputError(f"deployment {name!r}: no row has any of the observables to fit: {', '.join(OBSERVABLES)}")
+    scales = _scales(frame, data, curve)
+    tried: dict[str, dict[str, Any]] = {}
+    solutions = {}
+    names = candidate_forms(step_time, "experts" in defaults)
+    folds = folds_of(frame, data) if len(names) > 1 else {}
+    for index, form_name in enumerate(names):
+
+        def part(share, base=index, label=f"{name}: {form_name}"):
+            report(label, (base + share) / len(names))
+
+        form = build_form(form_name, scales, defaults.get("experts"))
+        objective = build_objective(form, data, targets)
+        ones = np.ones((LANES, len(data)))
+        solution = minimise(objective, random_starts(objective.size), ones, progress=lambda s: part(0.6 * s))
+        vector = jnp.asarray(solution.vector[solution.best])
+        held_out, by_fold = None, {}
+        if folds:
+            held_out, by_fold = held_out_error(objective, folds, targets, lambda s: part(0.6 + 0.4 * s))
+        tried[form_name] = {
+            "loss": float(solution.loss[solution.best]),
+            "gradient": float(solution.gradient[solution.best]),
+            "held_out_error": held_out,
+            "held_out_by_fold": by_fold,
+        }
+        noise = dict(zip(objective.columns, map(float, objective.noise(vector)), strict=True))
+        serving = jax.tree.map(np.asarray, form.model(vector[: len(form.paths)]))
+        solutions[form_name] = (serving, noise, objective.stand_in_ratios(vector))
+    chosen = simplest_good({form: entry["held_out_error"] for form, entry in tried.items()})
+    serving, noise, ratios = solutions[chosen]
+    deployment = FittedDeployment(
+        name=name,
+        form=chosen,
+        serving=serving,
+        acceptance=curve,
+        defaults=defaults,
+        measured=_measured(frame),
+        quality={
+            "rows": len(frame),
+            "set_aside": dict(counted),
+            "observables": {t.column: int(t.used.sum()) for t in targets},
+            "noise": noise,
+            "stand_in_ratios": ratios,
+            "forms": tried,
+        },
+        warnings=_warnings(frame, targets, counted),
+    )
+    deployment.quality["metrics"] = summarise([predict_trace(deployment, frame)])
+    return deployment
+
+
+def _scales(frame, data, curve):
+    order = list(data.order)
+    speculative = frame["draft_length"].to_numpy(float)[order] > 0
+    tokens = np.nan_to_num(frame["tokens_per_step"].to_numpy(float)[order], nan=2.0)
+    prompt, output = (frame[name].to_numpy(float)[order] for name in ("prompt_length", "output_length"))
+    return read_scales(data.observed, prompt, prompt + 0.5 * output, np.where(speculative, tokens, 1.0), output)
+
+
+def _defaults(frame) -> dict[str, Any]:
+    """Caps, reference sizes and names that hold for the deployment: the most frequent value of each column."""
+    defaults: dict[str, Any] = {}
+    numbers = ("max_batch_size", "kv_capacity_tokens", "max_batched_tokens", "verifier_params", "drafter_params")
+    for column in (*numbers, "draft_probability", "method", "drafter", "verifier", "engine", "hardware"):
+        rows = frame if column in ("verifier", "engine", "hardware", *numbers[:4]) else frame[frame["draft_length"] > 0]
+        values = [value for value in rows[column] if value is not None and value == value]
+        if values:
+            value = Counter(values).most_common(1)[0][0]
+            defaults[column] = value if isinstance(value, str) else float(value)
+    experts = [frame[column].dropna() for column in ("num_experts", "experts_per_token", "expert_ranks")]
+    if len(experts[0]) and len(experts[1]):
+        ranks = float(experts[2].iloc[0]) if len(experts[2]) else 1.0
+        defaults["experts"] = (float(experts[0].iloc[0]), float(experts[1].iloc[0]), ranks)
+        check_range("experts_per_token", defaults["experts"][1], 0, defaults["experts"][0], low_open=True, unit="")
+    return defaults
+
+
+def _measured(frame) -> dict[str, Any]:
+    """Ranges of the fitted rows: [smallest, largest] by column, None where no row has it; draft lengths listed."""
+    spans: dict[str, Any] = {"draft_lengths": sorted({int(k) for k in frame["draft_length"]})}
+    for column in ("arrival_rate", "concurrency", "prompt_length", "output_length", "tokens_per_step"):
+        values = frame[column].dropna()
+        spans[column] = [float(values.min()), float(values.max())] if len(values) else None
+    return spans
+
+
+def _warnings(frame, targets, counted) -> list[str]:
+    notes = [f"{count} rows set aside: {reason}" for reason, count in counted.items()]
+    lengths = set(frame["draft_length"])
+    if 0 not in lengths:
+        notes.append("no k = 0 row: speedup over no speculation cannot be told")
+    if lengths == {0}:
+        notes.append("no speculative row: drafting cost stays at its prior, it is not knowledge")
+    stand_ins = [t.column for t in targets if t.stands_in]
+    if stand_ins:
+        notes.append(f"{', '.join(stand_ins)} stand in for missing means, with a fitted bias")
+    if set(frame["deployment"]) and len({name for name in frame["drafter"] if name}) > 1:
+        notes.append("several drafters share one deployment: they are fitted as one; give each its own deployment")
+    skipped = not_predicted(frame)
+    if skipped:
+        notes.append(f"not predicted yet, left out: {', '.join(skipped)}")
+    return notes

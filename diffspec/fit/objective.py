@@ -1,0 +1,136 @@
+"""What a fit minimises: robust residuals in log space over a non-redundant set of observables, plus the priors.
+
+For each row ttft and itl (else tpot) are used; e2e only where one of them is missing; throughput only in closed loops
+without e2e (open-loop throughput equals arrival_rate by construction). A median stands in for a missing mean. With
+r = log(predicted) - log(measured) and a fitted scale sigma for each observable,
+
+    loss = sum_rows [ (nu+1)/2 * log(1 + r^2/(nu*sigma^2)) + log(sigma) ] + sum z^2/2,   nu = 4 (Student t)
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffspec.fit.forms import Form
+from diffspec.fit.observations import PREDICTED, Block, Observations
+
+DEGREES_OF_FREEDOM = 4.0
+NOISE_CENTRE, NOISE_SPREAD, NOISE_FLOOR = 0.03, 0.7, 0.003
+STAND_IN_SPREAD = 0.1
+"""Prior standard deviation of the log ratio of a median that stands in for a mean, to the mean."""
+
+
+class Target(NamedTuple):
+    """One observable of the objective: trace column, log of its values (0 where unused) and which rows use it."""
+
+    column: str
+    log_value: np.ndarray
+    used: np.ndarray
+
+    @property
+    def stands_in(self) -> bool:
+        """True for a median used in place of a missing mean."""
+        return self.column.endswith("_p50")
+
+
+def choose_targets(data: Observations, observables: tuple[str, ...] | None = None) -> list[Target]:
+    """The non-redundant observables of each row; ``observables`` (such as ``("itl", "ttft")``) restricts."""
+
+    def present(column):
+        return np.isfinite(data.observed.get(column, np.full(len(data), np.nan)))
+
+    def mean_or_median(metric):
+        mean = present(f"{metric}_mean")
+        return {f"{metric}_mean": mean, f"{metric}_p50": present(f"{metric}_p50") & ~mean}
+
+    def any_of(columns):
+        return np.any(list(columns.values()), axis=0)
+
+    wanted = set(observables or ("ttft", "itl", "tpot", "e2e", "throughput"))
+    nothing = np.zeros(len(data), dtype=bool)
+    ttft = mean_or_median("ttft") if "ttft" in wanted else {}
+    itl = mean_or_median("itl") if "itl" in wanted else {}
+    has_step = any_of(itl) if itl else nothing
+    tpot = {c: used & ~has_step for c, used in mean_or_median("tpot").items()} if "tpot" in wanted else {}
+    has_step = has_step | (any_of(tpot) if tpot else nothing)
+    complete = has_step & (any_of(ttft) if ttft else nothing)
+    e2e = {c: used & ~complete for c, used in mean_or_median("e2e").items()} if "e2e" in wanted else {}
+    columns = ttft | itl | tpot | e2e
+    if "throughput" in wanted:
+        columns["throughput"] = present("throughput") & ~data.is_open() & ~present("e2e_mean")
+    targets = []
+    for column, used in columns.items():
+        if used.any():
+            values = np.where(used, data.observed[column], 1.0)
+            targets.append(Target(column, np.log(values), used))
+    return targets
+
+
+def predict_rows(model, blocks: tuple[Block, ...]):
+    """Predictions of all rows, block after block, by observable prefix: dict of arrays in block order."""
+    parts = []
+    for block in blocks:
+        prediction = jax.vmap(lambda w, c: model.predict(w, c))(block.workload, block.config)
+        parts.append({m: getattr(prediction, f) for m, f in PREDICTED.items()} | {"throughput": prediction.throughput})
+    return {name: jnp.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+class Objective(eqx.Module):
+    """(loss, residuals) of (vector, weights).
+
+    vector = standardised parameters, then per target a log noise scale and, for medians that stand in, a log bias.
+    ``weights`` [rows] in {0, 1} select rows: a hold-out needs no recompilation.
+    """
+
+    form: Form
+    blocks: tuple[Block, ...]
+    log_values: jax.Array
+    used: jax.Array
+    columns: tuple[str, ...] = eqx.field(static=True)
+
+    @property
+    def size(self) -> int:
+        """Length of the vector."""
+        return len(self.form.paths) + 2 * len(self.columns)
+
+    def residuals(self, vector):
+        """log(predicted) - log(measured), [targets, rows]; zero where unused."""
+        count = len(self.form.paths)
+        predicted = predict_rows(self.form.model(vector[:count]), self.blocks)
+        logs = jnp.stack([jnp.log(predicted[column.split("_")[0]]) for column in self.columns])
+        bias = STAND_IN_SPREAD * vector[count + len(self.columns) :]
+        stands_in = jnp.asarray([float(column.endswith("_p50")) for column in self.columns])
+        return jnp.where(self.used > 0, logs + (stands_in * bias)[:, None] - self.log_values, 0.0)
+
+    def stand_in_ratios(self, vector) -> dict[str, float]:
+        """Fitted ratio of each median that stands in for a mean, to the mean."""
+        bias = np.asarray(vector)[len(self.form.paths) + len(self.columns) :]
+        pairs = zip(self.columns, bias, strict=True)
+        return {column: float(np.exp(STAND_IN_SPREAD * b)) for column, b in pairs if column.endswith("_p50")}
+
+    def noise(self, vector):
+        """Fitted noise scale of each target, in log units."""
+        count = len(self.form.paths)
+        return NOISE_FLOOR + NOISE_CENTRE * jnp.exp(NOISE_SPREAD * vector[count : count + len(self.columns)])
+
+    def __call__(self, vector, weights):
+        sigma = self.noise(vector)[:, None]
+        residuals = self.residuals(vector)
+        r = residuals / sigma
+        nu = DEGREES_OF_FREEDOM
+        each = 0.5 * (nu + 1.0) * jnp.log1p(r**2 / nu) + jnp.log(sigma)
+        return jnp.sum(each * self.used * weights) + 0.5 * jnp.sum(vector**2), residuals
+
+
+def build_objective(form: Form, data: Observations, targets: list[Target]) -> Objective:
+    """Objective of one form over the rows of ``data``."""
+    return Objective(
+        form=form,
+        blocks=data.blocks,
+        log_values=jnp.asarray(np.stack([t.log_value for t in targets])),
+        used=jnp.asarray(np.stack([t.used for t in targets]).astype(float)),
+        columns=tuple(t.column for t in targets),
+    )

@@ -1,0 +1,183 @@
+"""A trace's rows as batched workloads, configurations and observed latencies, ready for `jax.vmap`.
+
+Nothing measured as a latency ever enters a workload or a configuration: that would leak the target into the
+regressors. Acceptance is an input of the model and is taken from the row itself.
+"""
+
+import math
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffspec.acceptance import (
+    MAX_DRAFT_LENGTH,
+    KnownMoments,
+    MeasuredAcceptance,
+    PositionAcceptance,
+    acceptance_from_tokens_per_step,
+)
+from diffspec.results import InputError, TraceError
+from diffspec.serving import Configuration
+from diffspec.workload import Workload
+
+NEVER_ENDING = 1e12
+"""Stand-in for an unknown number of requests: the finite-run correction vanishes."""
+
+UNCAPPED = 1e9
+"""Stand-in for an unknown batch cap [req]."""
+
+PREDICTED = {"ttft": "ttft", "itl": "itl", "tpot": "tpot", "e2e": "e2e_latency"}
+"""Observed metric -> field of :class:`diffspec.serving.Prediction`."""
+
+
+class Block(eqx.Module):
+    """Inputs of the rows of one loop kind (open or closed), with a leading row axis on every array."""
+
+    workload: Workload
+    config: Configuration
+
+    def __len__(self) -> int:
+        return self.workload.prompt_length.shape[0]  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class Observations:
+    """All rows of one deployment. ``blocks``: open-loop rows, then closed-loop rows, empty blocks left out;
+    ``observed[column]``: measured values in block order, NaN where missing; ``order``: positions in the frame."""
+
+    blocks: tuple[Block, ...]
+    observed: dict[str, np.ndarray]
+    order: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def is_open(self) -> np.ndarray:
+        """True for open-loop rows, in block order."""
+        return np.concatenate([np.full(len(b), b.workload.is_open) for b in self.blocks])
+
+
+def observations(frame, references: dict[str, float] | None = None, curve: MeasuredAcceptance | None = None):
+    """Batch the rows of one deployment. ``references``: parameter counts that drafter_params and verifier_params are
+    scaled to; ``curve``: acceptance to use for speculative rows that carry none.
+
+    Errors: :class:`TraceError` for a draft longer than 32 tokens or a speculative row without any acceptance.
+    """
+    references = references or {}
+    open_rows = [i for i in range(len(frame)) if not math.isnan(frame["arrival_rate"].iloc[i])]
+    closed_rows = [i for i in range(len(frame)) if i not in set(open_rows)]
+    blocks = tuple(_block(frame, rows, references, curve) for rows in (open_rows, closed_rows) if rows)
+    order = open_rows + closed_rows
+    names = [name for name in frame.columns if name.startswith(("ttft_", "itl_", "tpot_", "e2e_"))] + ["throughput"]
+    observed = {name: frame[name].to_numpy(dtype=float)[order] for name in names if frame[name].notna().any()}
+    return Observations(blocks, observed, tuple(order))
+
+
+def _block(frame, rows, references, curve) -> Block:
+    def column(name, missing):
+        values = frame[name].to_numpy(dtype=float)[rows]
+        return np.where(np.isnan(values), missing, values)
+
+    process = frame["arrival_process"].tolist()
+    scv = [0.0 if process[i] == "constant" else 1.0 for i in rows]
+    is_open = not math.isnan(frame["arrival_rate"].iloc[rows[0]])
+    workload = Workload(
+        prompt_length=column("prompt_length", 1.0),
+        output_length=column("output_length", 1.0),
+        arrival_rate=column("arrival_rate", 1.0) if is_open else None,
+        concurrency=None if is_open else column("concurrency", 1.0),
+        arrival_scv=column("arrival_scv", np.asarray(scv)),
+        output_scv=column("output_scv", 0.0),
+        n_requests=column("n_requests", NEVER_ENDING) if is_open else None,
+    )
+    length, probability = column("draft_length", 0.0), column("draft_probability", 1.0)
+    rates = np.stack([row_acceptance(frame, i, curve) for i in rows])
+    config = Configuration(
+        draft_length=length,
+        acceptance=KnownMoments(*_moments(rates, length, probability)),
+        max_batch_size=column("max_batch_size", UNCAPPED),
+        kv_capacity_tokens=column("kv_capacity_tokens", UNCAPPED * 1e6),
+        draft_probability=probability,
+        verifier_scale=_scale(column("verifier_params", np.nan), references.get("verifier_params")),
+        drafter_scale=_scale(column("drafter_params", np.nan), references.get("drafter_params")),
+    )
+    return Block(workload, config)
+
+
+@jax.jit
+@jax.vmap
+def _moments(rates, length, probability):
+    return PositionAcceptance(rates).moments(length, probability)
+
+
+def _scale(params, reference):
+    if reference is None or math.isnan(reference):
+        return np.ones_like(params)
+    return np.where(np.isnan(params), 1.0, params / reference)
+
+
+def row_acceptance(frame, row: int, curve: MeasuredAcceptance | None) -> np.ndarray:
+    """Conditional acceptance of positions 1..32 of one row: its position_acceptance, else its acceptance_rate, else the
+    constant rate with its tokens_per_step, else the deployment's curve; zeros without speculation."""
+    line = frame.iloc[row]
+    length = line["draft_length"]
+    if not length > 0:
+        return np.zeros(MAX_DRAFT_LENGTH)
+    place = {"file": line["source_file"], "row": line["source_row"]}
+    if length > MAX_DRAFT_LENGTH:
+        raise TraceError("", **place, column="draft_length", got=length, allowed=f"0 to {MAX_DRAFT_LENGTH} tok")
+    positions = line["position_acceptance"]
+    if isinstance(positions, tuple) and positions:
+        kept = np.asarray(positions[:MAX_DRAFT_LENGTH], dtype=float)
+        return np.concatenate([kept, np.full(MAX_DRAFT_LENGTH - len(kept), kept[-1])])
+    if line["acceptance_rate"] >= 0:
+        return np.full(MAX_DRAFT_LENGTH, line["acceptance_rate"])
+    if line["tokens_per_step"] >= 1:
+        return np.full(
+            MAX_DRAFT_LENGTH, acceptance_from_tokens_per_step(line["tokens_per_step"], length).acceptance_rate
+        )
+    if curve is not None:
+        return np.asarray(curve.conditional_rates(length), dtype=float)
+    raise TraceError(
+        "a speculative row needs its acceptance",
+        **place,
+        column="tokens_per_step",
+        got="nothing",
+        allowed="tokens_per_step, acceptance_rate or position_acceptance",
+    )
+
+
+def acceptance_curve(frame) -> MeasuredAcceptance | None:
+    """The deployment's own acceptance: per measured draft length the mean conditional rates over its rows, weighted by
+    n_requests; None when no speculative row tells its acceptance."""
+    curves: dict[int, list[tuple[float, np.ndarray]]] = {}
+    for row in range(len(frame)):
+        line = frame.iloc[row]
+        length = line["draft_length"]
+        if not length > 0:
+            continue
+        try:
+            rates = row_acceptance(frame, row, None)
+        except TraceError:
+            if length > MAX_DRAFT_LENGTH:
+                raise
+            continue
+        weight = line["n_requests"] if line["n_requests"] > 0 else 1.0
+        curves.setdefault(int(length), []).append((weight, rates))
+    if not curves:
+        return None
+    lengths = sorted(curves)
+    means = [np.average([r for _, r in curves[k]], axis=0, weights=[w for w, _ in curves[k]]) for k in lengths]
+    return MeasuredAcceptance(tuple(lengths), jnp.asarray(np.stack(means)))
+
+
+def require_rows(frame, name: str, least: int) -> None:
+    """Raise :class:`InputError` when a deployment has too few usable rows to fit."""
+    if len(frame) < least:
+        raise InputError(
+            f"deployment {name!r}: got {len(frame)} usable rows; allowed: at least {least}; measure more operating "
+            "points (several loads, with and without speculation), or fit rows set aside too with --all-rows"
+        )

@@ -1,0 +1,73 @@
+"""Latency limits (SLOs) and objectives: read from text, measured as a log excess that gradients can reduce."""
+
+import difflib
+import math
+import re
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from diffspec.analysis.answers import METRICS
+from diffspec.results import InputError
+
+LIMITED = ("ttft_mean", "itl_mean", "tpot_mean", "e2e_mean", "throughput", "utilization")
+OBJECTIVES = ("e2e_mean", "ttft_mean", "tpot_mean", "itl_mean", "throughput")
+_PATTERN = re.compile(r"^\s*([A-Za-z0-9_]+)\s*(<=|>=|<|>)\s*([0-9.eE+-]+)\s*$")
+
+
+class Limit(NamedTuple):
+    """``metric`` below (``sign`` = 1) or above (-1) ``bound``; strict or not makes no difference to a mean."""
+
+    metric: str
+    sign: int
+    bound: float
+
+    @property
+    def text(self) -> str:
+        """As a user writes it, such as ``ttft_mean<0.5``."""
+        return f"{self.metric}{'<' if self.sign > 0 else '>'}{self.bound:g}"
+
+    def excess(self, value):
+        """log(value/bound) for an upper limit, its negative for a lower one: > 0 where the limit is broken."""
+        return self.sign * (jnp.log(value) - math.log(self.bound))
+
+
+def parse_limit(text: str) -> Limit:
+    """Read ``metric<bound`` or ``metric>bound`` (seconds, req/s or a fraction).
+
+    Errors: :class:`InputError` naming what was got and what is allowed.
+
+    >>> parse_limit("ttft_mean < 0.5")
+    Limit(metric='ttft_mean', sign=1, bound=0.5)
+    """
+    match = _PATTERN.match(text)
+    if match is None:
+        raise InputError(f"limit: got {text!r}; allowed: METRIC<NUMBER or METRIC>NUMBER, such as 'ttft_mean<0.5'")
+    metric, comparison, number = match.groups()
+    if metric not in LIMITED:
+        near = difflib.get_close_matches(metric, LIMITED, 1, 0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"limit {text!r}: unknown metric {metric!r}; allowed: {', '.join(LIMITED)}{hint}")
+    try:
+        bound = float(number)
+    except ValueError:
+        bound = math.nan
+    if not (math.isfinite(bound) and bound > 0):
+        raise InputError(f"limit {text!r}: got bound {number!r}; allowed: a number above 0")
+    if metric == "throughput" and comparison.startswith("<"):
+        raise InputError(f"limit {text!r}: a throughput is limited from below: throughput>NUMBER")
+    return Limit(metric, 1 if comparison.startswith("<") else -1, bound)
+
+
+def check_objective(objective: str) -> None:
+    """Raise :class:`InputError` unless the objective is known."""
+    if objective not in OBJECTIVES:
+        near = difflib.get_close_matches(objective, OBJECTIVES, 1, 0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"objective: got {objective!r}; allowed: {', '.join(OBJECTIVES)}{hint}")
+
+
+def cost(prediction, objective: str):
+    """What is minimised: log of the metric, or minus log throughput."""
+    value = jnp.log(getattr(prediction, METRICS[objective]))
+    return -value if objective == "throughput" else value

@@ -1,0 +1,255 @@
+"""The verb `optimize`: which draft length at which load, under limits, with proof by exhaustive evaluation."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractAcceptance
+from diffspec.analysis.answers import FAST_COMPILE, METRICS, finite
+from diffspec.fit.deployment import FittedDeployment
+from diffspec.optimize.flags import vllm_flags
+from diffspec.optimize.limits import Limit, check_objective, parse_limit
+from diffspec.optimize.relaxation import at_draft_length, relaxed_draft_lengths
+from diffspec.optimize.schedule import LONGEST_SCHEDULE, batch_schedule, residence_under_schedule
+from diffspec.results import RESULTS, InputError
+from diffspec.serving import Configuration, ServingModel
+from diffspec.workload import Workload
+
+LOOPS = ("arrival_rate", "concurrency")
+OPTIMALITY_TOLERANCE = 1e-9
+
+
+@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+def _exhaustive(longest: int, serving: ServingModel, workloads: Workload, config: Configuration):
+    lengths = jnp.arange(longest + 1, dtype=float)
+
+    def point(workload, length):
+        prediction = serving.predict(workload, at_draft_length(config, length))
+        values = {name: getattr(prediction, field) for name, field in METRICS.items()}
+        return values, prediction.result == RESULTS.saturated
+
+    return jax.vmap(lambda workload: jax.vmap(lambda length: point(workload, length))(lengths))(workloads)
+
+
+def optimize(
+    deployment: FittedDeployment,
+    *,
+    loads: Sequence[float],
+    loop: str = "arrival_rate",
+    prompt_length: float,
+    output_length: float,
+    max_draft_length: int = 8,
+    slo: Sequence[str] = (),
+    objective: str = "e2e_mean",
+    acceptance: AbstractAcceptance | None = None,
+    max_batch_size: float | None = None,
+    drafter_params: float | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> dict[str, Any]:
+    """Best draft length at each load: relaxed over [1, K] with implicit gradients, rounded, checked exhaustively.
+
+    * ``loads`` [req/s or req], increasing; ``loop``: ``arrival_rate`` (open) or ``concurrency`` (closed)
+    * ``slo``: limits such as ``"ttft_mean<0.5"`` (s); ``objective``: a mean latency, or throughput
+    * k = 0 (no speculation) is a branch of its own, always compared, feasible or not like any other
+
+    Returns plain data: ``outcome`` (``successful`` when some load has a feasible draft length, else ``infeasible`` or
+    ``saturated``), ``policy`` (ranges of loads with one draft length; metrics and headroom are those at load_to, the
+    worst of the range), ``table`` (one entry per load), ``schedule`` ([[first_batch, last_batch, k], ...]),
+    ``schedule_vs_static``, ``flags``, ``optimality_gap`` (relaxed and rounded over exhaustive, - 1, the largest over
+    loads), ``static_draft_length``, ``infeasible`` (which limit fails by how much where nothing is feasible).
+
+    Errors: :class:`InputError` for unknown metrics, loads that do not increase, or ranges.
+    """
+    check_objective(objective)
+    limits = tuple(parse_limit(text) for text in slo)
+    _check(loads, loop, max_draft_length)
+    report = progress or (lambda what, share: None)
+    serving = jax.tree.map(np.asarray, deployment.serving)
+    config = deployment.configuration(
+        float(max_draft_length), acceptance=acceptance, max_batch_size=max_batch_size, drafter_params=drafter_params
+    )
+    config = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype=float), config)
+    count = len(loads)
+    workloads = Workload(
+        prompt_length=np.full(count, float(prompt_length)),
+        output_length=np.full(count, float(output_length)),
+        arrival_scv=np.ones(count),
+        output_scv=np.zeros(count),
+        **{loop: np.asarray(loads, dtype=float)},
+    )
+    report("every draft length", 0.1)
+    metrics, saturated = jax.tree.map(np.asarray, _exhaustive(max_draft_length, serving, workloads, config))
+    report("relaxed draft length", 0.4)
+    starts = jnp.asarray(np.unique([1.0, math.sqrt(max_draft_length), float(max_draft_length)]))
+    relaxed = np.asarray(relaxed_draft_lengths(objective, limits, max_draft_length, serving, workloads, config, starts))
+    report("schedule over the batch", 0.8)
+    table = [
+        _choose(
+            float(load),
+            {name: value[i] for name, value in metrics.items()},
+            saturated[i],
+            limits,
+            objective,
+            relaxed[i],
+        )
+        for i, load in enumerate(loads)
+    ]
+    one = jax.tree.map(lambda leaf: leaf[0], workloads)
+    batches = _schedule_length(config, one)
+    schedule, residence = batch_schedule(serving, one, config, max_draft_length, batches)
+    static = _best_static(metrics, saturated, limits, objective)
+    report("done", 1.0)
+    feasible = [entry for entry in table if entry["feasible"]]
+    outcome = "successful" if feasible else "saturated" if saturated.all() else "infeasible"
+    method, drafter = (deployment.defaults.get(name) for name in ("method", "drafter"))
+    gaps = [entry["optimality_gap"] for entry in feasible if entry["optimality_gap"] is not None]
+    return {
+        "outcome": outcome,
+        "objective": objective,
+        "limits": [limit.text for limit in limits],
+        "loop": loop,
+        "deployment": deployment.name,
+        "policy": _merge(table),
+        "table": table,
+        "static_draft_length": static,
+        "schedule": schedule,
+        "schedule_vs_static": [
+            {
+                "load": entry["load"],
+                "e2e_schedule": residence_under_schedule(residence, entry["load"], loop),
+                "e2e_best_static": entry["metrics"]["e2e_mean"] if entry["feasible"] else None,
+            }
+            for entry in table
+        ],
+        "flags": vllm_flags(static or 0, schedule, method, drafter),
+        "optimality_gap": max(gaps) if gaps else None,
+        "infeasible": None if feasible else table[0]["violations"],
+        "warnings": _caveats(deployment, loads, loop, prompt_length, output_length, max_draft_length, acceptance),
+    }
+
+
+def _check(loads: Sequence[float], loop: str, longest: int) -> None:
+    if loop not in LOOPS:
+        raise InputError(f"loop: got {loop!r}; allowed: {', '.join(LOOPS)}")
+    if not loads or any(not (math.isfinite(load) and load > 0) for load in loads):
+        raise InputError(f"{loop}: got {list(loads)!r}; allowed: at least one load, each above 0")
+    if any(later <= earlier for earlier, later in itertools.pairwise(loads)):
+        raise InputError(f"{loop}: got {list(loads)!r}; allowed: increasing loads")
+    if loop == "concurrency" and loads[0] < 1:
+        raise InputError(f"concurrency: got {loads[0]!r}; allowed: at least 1 req")
+    if not (isinstance(longest, int) and 1 <= longest <= MAX_DRAFT_LENGTH):
+        raise InputError(f"max_draft_length: got {longest!r}; allowed: whole numbers from 1 to {MAX_DRAFT_LENGTH}")
+
+
+def _costs(metrics, saturated, limits: tuple[Limit, ...], objective: str):
+    """(cost, worst log excess, feasible) of every draft length; saturated ones are never feasible."""
+    cost = np.log(metrics[objective]) * (-1.0 if objective == "throughput" else 1.0)
+    excess = np.stack(
+        [np.asarray(limit.excess(metrics[limit.metric])) for limit in limits] or [np.full_like(cost, -1.0)]
+    )
+    worst = excess.max(axis=0)
+    return cost, worst, (worst <= 0) & ~saturated
+
+
+def _choose(load, metrics, saturated, limits, objective, relaxed) -> dict[str, Any]:
+    """The decision at one load, from the exact values at whole draft lengths 0..K."""
+    cost, worst, feasible = _costs(metrics, saturated, limits, objective)
+    entry: dict[str, Any] = {"load": load, "feasible": bool(feasible.any()), "relaxed_draft_length": float(relaxed)}
+    if not feasible.any():
+        penalty = np.where(saturated, 1e6 + np.maximum(metrics["utilization"] - 1.0, 0.0), worst)
+        nearest = int(np.argmin(penalty))
+        broken = {
+            limit.text: {"value": finite(metrics[limit.metric][nearest]), "bound": limit.bound}
+            for limit in limits
+            if saturated[nearest] or float(limit.excess(metrics[limit.metric][nearest])) > 0
+        }
+        if saturated[nearest]:
+            broken = {
+                "capacity": {
+                    "value": finite(metrics["capacity"][nearest]),
+                    "bound": load,
+                    "shortfall": finite(load - metrics["capacity"][nearest]),
+                }
+            }
+        return entry | {
+            "draft_length": None,
+            "nearest_draft_length": nearest,
+            "metrics": {name: finite(value[nearest]) for name, value in metrics.items()}
+            if not saturated[nearest]
+            else {},
+            "speedup": None,
+            "headroom": None,
+            "optimality_gap": None,
+            "violations": broken,
+        }
+    exact = np.where(feasible, cost, np.inf)
+    best = int(np.argmin(exact))
+    near = {math.floor(relaxed), math.ceil(relaxed), 0}
+    rounded = min(near, key=lambda k: exact[k])
+    gap = None if not np.isfinite(exact[rounded]) else float(np.expm1(exact[rounded] - exact[best]))
+    plain_known = not saturated[0]
+    headroom = float(-np.expm1(worst[best])) if limits else float(1.0 - metrics["utilization"][best])
+    return entry | {
+        "draft_length": best,
+        "rounded_draft_length": rounded,
+        "metrics": {name: finite(value[best]) for name, value in metrics.items()},
+        "speedup": float(metrics["e2e_mean"][0] / metrics["e2e_mean"][best]) if plain_known else None,
+        "headroom": headroom,
+        "optimality_gap": 0.0 if gap is not None and gap < OPTIMALITY_TOLERANCE else gap,
+        "violations": {},
+    }
+
+
+def _best_static(metrics, saturated, limits, objective) -> int | None:
+    """The one draft length for all loads: feasible at most of them, then the smallest mean log cost there."""
+    cost, _, feasible = _costs(metrics, saturated, limits, objective)
+    if not feasible.any():
+        return None
+    served = feasible.sum(axis=0)
+    among = np.flatnonzero(served == served.max())
+    common = feasible[:, among].all(axis=1)
+    rows = common if common.any() else feasible[:, among].any(axis=1)
+    return int(among[np.argmin(cost[rows][:, among].mean(axis=0))])
+
+
+def _merge(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Neighbouring loads with the same decision as one range."""
+    policy: list[dict[str, Any]] = []
+    for entry in table:
+        shown = {name: entry[name] for name in ("draft_length", "metrics", "speedup", "headroom", "violations")}
+        if policy and policy[-1]["draft_length"] == entry["draft_length"]:
+            policy[-1] |= {"load_to": entry["load"]} | shown
+        else:
+            policy.append({"load_from": entry["load"], "load_to": entry["load"]} | shown)
+    return policy
+
+
+def _schedule_length(config: Configuration, workload: Workload) -> int:
+    caps = [] if config.max_batch_size is None else [float(config.max_batch_size)]
+    if config.kv_capacity_tokens is not None:
+        caps.append(float(config.kv_capacity_tokens / (workload.prompt_length + 0.5 * workload.output_length)))
+    return max(1, int(min([*caps, LONGEST_SCHEDULE])))
+
+
+def _caveats(deployment, loads, loop, prompt, output, longest, acceptance) -> list[str]:
+    notes = []
+    for load in (loads[0], loads[-1]):
+        fields = {loop: load, "prompt_length": prompt, "output_length": output}
+        notes += [note for note in deployment.caveats(longest, fields) if note not in notes]
+    if not deployment.plain_measured:
+        notes.append("no k = 0 row was fitted: draft_length 0 and every speedup are extrapolated")
+    notes.append("draft_length 0 inside a schedule keeps the drafter loaded: it may cost more than no drafter at all")
+    if acceptance is None:
+        notes.append(
+            "acceptance is the deployment's own curve, measured at draft lengths "
+            f"{', '.join(map(str, deployment.acceptance.draft_lengths))}"
+            if deployment.acceptance
+            else ""
+        )
+    return [note for note in notes if note]
