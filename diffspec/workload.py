@@ -1,8 +1,10 @@
 """The load a server is under: an open or a closed loop, and the lengths of its requests."""
 
 import math
+from collections.abc import Callable
 
 import equinox as eqx
+import jax
 
 from diffspec.parameters import Scalar
 from diffspec.results import InputError
@@ -19,6 +21,11 @@ def check_range(
         left = "(" if low_open else "["
         hint = f"; {advice}" if advice else ""
         raise InputError(f"{name}: got {value!r}; allowed: {left}{low:g}, {high:g}] {unit}{hint}")
+
+
+def batched(make: Callable, **columns):
+    """``make(**row)`` over all rows of equally long columns: one module with a leading axis, for `jax.vmap`."""
+    return jax.vmap(lambda row: make(**row))(columns)
 
 
 class Workload(eqx.Module):

@@ -39,26 +39,27 @@ class Target(NamedTuple):
 def choose_targets(data: Observations, observables: tuple[str, ...] | None = None) -> list[Target]:
     """The non-redundant observables of each row; ``observables`` (such as ``("itl", "ttft")``) restricts."""
 
+    wanted = set(observables or ("ttft", "itl", "tpot", "e2e", "throughput"))
+    columns: dict[str, np.ndarray] = {}
+
     def present(column):
         return np.isfinite(data.observed.get(column, np.full(len(data), np.nan)))
 
-    def mean_or_median(metric):
-        mean = present(f"{metric}_mean")
-        return {f"{metric}_mean": mean, f"{metric}_p50": present(f"{metric}_p50") & ~mean}
+    def first_present(candidates):
+        """Take the first candidate that each row has; True where there was one."""
+        found = np.zeros(len(data), dtype=bool)
+        for column in candidates:
+            if column.split("_")[0] in wanted:
+                columns[column] = present(column) & ~found
+                found |= columns[column]
+        return found
 
-    def any_of(columns):
-        return np.any(list(columns.values()), axis=0)
-
-    wanted = set(observables or ("ttft", "itl", "tpot", "e2e", "throughput"))
-    nothing = np.zeros(len(data), dtype=bool)
-    ttft = mean_or_median("ttft") if "ttft" in wanted else {}
-    itl = mean_or_median("itl") if "itl" in wanted else {}
-    has_step = any_of(itl) if itl else nothing
-    tpot = {c: used & ~has_step for c, used in mean_or_median("tpot").items()} if "tpot" in wanted else {}
-    has_step = has_step | (any_of(tpot) if tpot else nothing)
-    complete = has_step & (any_of(ttft) if ttft else nothing)
-    e2e = {c: used & ~complete for c, used in mean_or_median("e2e").items()} if "e2e" in wanted else {}
-    columns = ttft | itl | tpot | e2e
+    has_first = first_present(("ttft_mean", "ttft_p50"))
+    has_step = first_present(("itl_mean", "tpot_mean", "itl_p50", "tpot_p50"))
+    if "e2e" in wanted:
+        mean, median = present("e2e_mean"), present("e2e_p50")
+        missing = ~(has_first & has_step)
+        columns |= {"e2e_mean": mean & missing, "e2e_p50": median & ~mean & missing}
     if "throughput" in wanted:
         columns["throughput"] = present("throughput") & ~data.is_open() & ~present("e2e_mean")
     targets = []
@@ -129,7 +130,7 @@ def build_objective(form: Form, data: Observations, targets: list[Target]) -> Ob
     """Objective of one form over the rows of ``data``."""
     return Objective(
         form=form,
-        blocks=data.blocks,
+        blocks=jax.tree.map(jnp.asarray, data.blocks),
         log_values=jnp.asarray(np.stack([t.log_value for t in targets])),
         used=jnp.asarray(np.stack([t.used for t in targets]).astype(float)),
         columns=tuple(t.column for t in targets),

@@ -6,6 +6,7 @@ regressors. Acceptance is an input of the model and is taken from the row itself
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,7 +22,7 @@ from diffspec.acceptance import (
 )
 from diffspec.results import InputError, TraceError
 from diffspec.serving import Configuration
-from diffspec.workload import Workload
+from diffspec.workload import Workload, batched
 
 NEVER_ENDING = 1e12
 """Stand-in for an unknown number of requests: the finite-run correction vanishes."""
@@ -60,7 +61,7 @@ class Observations:
         return np.concatenate([np.full(len(b), b.workload.is_open) for b in self.blocks])
 
 
-def observations(frame, references: dict[str, float] | None = None, curve: MeasuredAcceptance | None = None):
+def observations(frame, references: dict[str, Any] | None = None, curve: MeasuredAcceptance | None = None):
     """Batch the rows of one deployment. ``references``: parameter counts that drafter_params and verifier_params are
     scaled to; ``curve``: acceptance to use for speculative rows that carry none.
 
@@ -84,20 +85,22 @@ def _block(frame, rows, references, curve) -> Block:
     process = frame["arrival_process"].tolist()
     scv = [0.0 if process[i] == "constant" else 1.0 for i in rows]
     is_open = not math.isnan(frame["arrival_rate"].iloc[rows[0]])
-    workload = Workload(
+    load = {"arrival_rate": column("arrival_rate", 1.0), "n_requests": column("n_requests", NEVER_ENDING)}
+    workload = batched(
+        Workload,
         prompt_length=column("prompt_length", 1.0),
         output_length=column("output_length", 1.0),
-        arrival_rate=column("arrival_rate", 1.0) if is_open else None,
-        concurrency=None if is_open else column("concurrency", 1.0),
         arrival_scv=column("arrival_scv", np.asarray(scv)),
         output_scv=column("output_scv", 0.0),
-        n_requests=column("n_requests", NEVER_ENDING) if is_open else None,
+        **(load if is_open else {"concurrency": column("concurrency", 1.0)}),
     )
     length, probability = column("draft_length", 0.0), column("draft_probability", 1.0)
     rates = np.stack([row_acceptance(frame, i, curve) for i in rows])
-    config = Configuration(
+    m1, m2 = _moments(rates, length, probability)
+    config = batched(
+        Configuration,
         draft_length=length,
-        acceptance=KnownMoments(*_moments(rates, length, probability)),
+        acceptance=batched(KnownMoments, m1=m1, m2=m2),
         max_batch_size=column("max_batch_size", UNCAPPED),
         kv_capacity_tokens=column("kv_capacity_tokens", UNCAPPED * 1e6),
         draft_probability=probability,

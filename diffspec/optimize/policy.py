@@ -19,7 +19,7 @@ from diffspec.optimize.relaxation import at_draft_length, relaxed_draft_lengths
 from diffspec.optimize.schedule import LONGEST_SCHEDULE, batch_schedule, residence_under_schedule
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import Configuration, ServingModel
-from diffspec.workload import Workload
+from diffspec.workload import Workload, batched
 
 LOOPS = ("arrival_rate", "concurrency")
 OPTIMALITY_TOLERANCE = 1e-9
@@ -76,7 +76,8 @@ def optimize(
     )
     config = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype=float), config)
     count = len(loads)
-    workloads = Workload(
+    workloads = batched(
+        Workload,
         prompt_length=np.full(count, float(prompt_length)),
         output_length=np.full(count, float(output_length)),
         arrival_scv=np.ones(count),

@@ -1,0 +1,269 @@
+"""Analysis and optimisation on a fitted deployment: against finite differences, brute force and closed forms."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close
+from scipy.optimize import brentq
+
+from diffspec.acceptance import ConstantAcceptance
+from diffspec.analysis.answers import predict_answer
+from diffspec.analysis.sensitivity import sensitivity
+from diffspec.fit.fitting import fit
+from diffspec.optimize.flags import vllm_flags
+from diffspec.optimize.limits import LIMITED, parse_limit
+from diffspec.optimize.policy import optimize
+from diffspec.optimize.schedule import residence_under_schedule
+from diffspec.parameters import get_parameters, set_parameters
+from diffspec.results import InputError
+from diffspec.serving import STAGES
+from diffspec.traces import read_trace
+from diffspec.workload import Workload
+
+QUIET = Path(__file__).parents[1] / "data" / "vllm_cpu_quiet.csv"
+LENGTHS = {"prompt_length": 64.0, "output_length": 64.0}
+LOADS = [0.5, 2.0, 4.0, 6.0, 8.0, 12.0]
+
+
+@pytest.fixture(scope="module")
+def deployment():
+    return fit(read_trace(QUIET), step_time="affine").deployment()
+
+
+@pytest.fixture(scope="module")
+def metrics_of(deployment):
+    """(rate, k, acceptance) -> prediction, one compiled program."""
+
+    @jax.jit
+    def program(rate, k, alpha):
+        config = deployment.configuration(k, acceptance=ConstantAcceptance(alpha))
+        return deployment.serving.predict(Workload(**LENGTHS, arrival_rate=rate), config)
+
+    return lambda rate, k, alpha=0.8: program(float(rate), float(k), float(alpha))
+
+
+@pytest.fixture(scope="module")
+def limited(deployment):
+    return optimize(
+        deployment,
+        loads=LOADS,
+        **LENGTHS,
+        slo=["ttft_mean<0.18", "e2e_mean < 2.5"],
+        acceptance=ConstantAcceptance(0.8),
+    )
+
+
+def test_prediction_answer_is_plain_and_complete(deployment):
+    answer = predict_answer(deployment, Workload(**LENGTHS, arrival_rate=3.0), deployment.configuration(4))
+    json.dumps(answer, allow_nan=False)
+    assert answer["outcome"] == "successful" and answer["speedup_reason"] is None
+    total = sum(part for stage in STAGES for part in answer["decomposition"][stage].values())
+    assert_close(total, answer["e2e_latency"], rtol=1e-9)
+    assert_close(answer["speedup"], answer["plain"]["e2e_latency"] / answer["e2e_latency"], rtol=1e-12)
+    assert answer["warnings"] == []
+
+
+def test_breakeven_is_where_both_arms_take_equally_long(deployment, metrics_of):
+    config = deployment.configuration(4, acceptance=ConstantAcceptance(0.35))
+    answer = predict_answer(deployment, Workload(**LENGTHS, arrival_rate=1.0), config)
+    gap = lambda rate: float(metrics_of(rate, 4, 0.35).e2e_latency - metrics_of(rate, 0, 0.35).e2e_latency)  # noqa: E731
+    capacity = float(metrics_of(1.0, 4, 0.35).capacity)
+    grid = np.linspace(0.01, 0.99 * capacity, 60)
+    gaps = [gap(rate) for rate in grid]
+    crossings = np.flatnonzero(np.sign(gaps[:-1]) != np.sign(gaps[1:]))
+    if gaps[0] >= 0:
+        assert answer["breakeven_rate"] == 0.0
+    else:
+        expected = brentq(gap, grid[crossings[0]], grid[crossings[0] + 1], xtol=1e-12)
+        assert_close(answer["breakeven_rate"], expected, rtol=1e-8)
+
+
+def test_speedup_is_missing_with_a_reason(deployment):
+    plain = predict_answer(deployment, Workload(**LENGTHS, arrival_rate=1.0), deployment.configuration(0))
+    assert plain["speedup"] is None and "draft_length is 0" in plain["speedup_reason"]
+    over = predict_answer(deployment, Workload(**LENGTHS, arrival_rate=500.0), deployment.configuration(4))
+    assert over["outcome"] == "saturated" and over["e2e_latency"] is None and "saturated" in over["speedup_reason"]
+    assert_close(over["shortfall"], 500.0 - over["capacity"], rtol=1e-9)
+    json.dumps(over, allow_nan=False)
+    assert any("outside the measured range" in note for note in over["warnings"])
+
+
+def test_configuration_refuses_what_is_unknown(deployment):
+    config = deployment.configuration(4, drafter_params=5.38e6)
+    assert_close(config.drafter_scale, 2.0, rtol=1e-12)
+    bare = fit(read_trace(QUIET).where("draft_length==0"), step_time="affine").deployment()
+    assert "no speculative row" in " ".join(bare.warnings)
+    with pytest.raises(InputError, match="no acceptance of its own"):
+        bare.configuration(4)
+    with pytest.raises(InputError, match="size of its drafter is unknown"):
+        bare.configuration(4, acceptance=ConstantAcceptance(0.8), drafter_params=1e6)
+    guess = bare.configuration(4, acceptance=ConstantAcceptance(0.8))
+    answer = predict_answer(bare, Workload(**LENGTHS, arrival_rate=1.0), guess)
+    assert any("guess" in note for note in answer["warnings"])
+
+
+@pytest.mark.parametrize("metric", ["e2e_mean", "ttft_mean", "capacity"])
+def test_elasticities_are_finite_differences(deployment, metric):
+    workload, config = Workload(**LENGTHS, arrival_rate=3.0), deployment.configuration(4)
+    answer = sensitivity(deployment, workload, config, metric)
+    field = {"e2e_mean": "e2e_latency", "ttft_mean": "ttft", "capacity": "capacity"}[metric]
+    values = {path: float(value) for path, value in get_parameters(deployment.serving).items()}
+    step = 1e-5
+
+    @jax.jit
+    def metric_at(shifts, rate, prompt, output):
+        moved = {path: value * jnp.exp(shift) for (path, value), shift in zip(values.items(), shifts, strict=True)}
+        load = Workload(prompt_length=prompt, output_length=output, arrival_rate=rate)
+        return jnp.log(getattr(set_parameters(deployment.serving, moved).predict(load, config), field))
+
+    base = (3.0, 64.0, 64.0)
+    zero = np.zeros(len(values))
+    by_name = {row["name"]: row["elasticity"] for row in answer["elasticities"]}
+    for index, path in enumerate(values):
+        shift = zero.copy()
+        shift[index] = step
+        numeric = float(metric_at(shift, *base) - metric_at(-shift, *base)) / (2 * step)
+        assert_close(by_name[path.removeprefix("step_time.")], numeric, rtol=1e-5, atol=1e-7)
+    for index, name in enumerate(("arrival_rate", "prompt_length", "output_length")):
+        up, down = list(base), list(base)
+        up[index], down[index] = up[index] * math.exp(step), down[index] * math.exp(-step)
+        numeric = float(metric_at(zero, *up) - metric_at(zero, *down)) / (2 * step)
+        assert_close(by_name[name], numeric, rtol=1e-5, atol=1e-7)
+    sizes = [abs(row["elasticity"]) for row in answer["elasticities"]]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_time_parameters_scale_latency_together(deployment):
+    """Twice every time at half the rate is twice the latency: elasticities of times minus the rate's are 1."""
+    answer = sensitivity(deployment, Workload(**LENGTHS, arrival_rate=3.0), deployment.configuration(4))
+    times = sum(row["elasticity"] for row in answer["elasticities"] if row["unit"] in ("s", "s/req", "s/tok"))
+    rate = next(row["elasticity"] for row in answer["elasticities"] if row["name"] == "arrival_rate")
+    assert_close(times - rate, 1.0, rtol=1e-9)
+
+
+def test_policy_is_what_brute_force_finds(limited, metrics_of):
+    for entry in limited["table"]:
+        best, best_k = math.inf, None
+        for k in range(9):
+            prediction = metrics_of(entry["load"], k)
+            feasible = (
+                float(prediction.utilization) < 0.999
+                and float(prediction.ttft) <= 0.18
+                and float(prediction.e2e_latency) <= 2.5
+            )
+            if feasible and float(prediction.e2e_latency) < best:
+                best, best_k = float(prediction.e2e_latency), k
+        assert entry["draft_length"] == best_k, entry
+        if best_k is not None:
+            assert_close(entry["metrics"]["e2e_mean"], best, rtol=1e-9)
+            assert entry["headroom"] >= 0.0
+
+
+def test_policy_ranges_cover_the_loads_and_limits_bind(limited):
+    policy = limited["policy"]
+    assert policy[0]["load_from"] == LOADS[0] and policy[-1]["load_to"] == LOADS[-1]
+    assert limited["outcome"] == "successful"
+    last = policy[-1]
+    assert last["draft_length"] is None and last["violations"]  # 12 req/s: which limit fails, how far
+    json.dumps(limited, allow_nan=False)
+
+
+def test_relaxation_finds_the_continuous_optimum(deployment, metrics_of):
+    answer = optimize(deployment, loads=[1.0, 4.0], **LENGTHS, acceptance=ConstantAcceptance(0.8))
+    assert answer["optimality_gap"] == 0.0
+    for entry in answer["table"]:
+        grid = np.linspace(1.0, 8.0, 281)
+        values = [float(metrics_of(entry["load"], k).e2e_latency) for k in grid]
+        at_relaxed = float(metrics_of(entry["load"], entry["relaxed_draft_length"]).e2e_latency)
+        assert at_relaxed <= min(values) * (1 + 1e-4)
+
+
+def test_infeasible_and_saturated_name_the_limit(deployment):
+    answer = optimize(deployment, loads=[1.0], **LENGTHS, slo=["e2e_mean<0.01"], max_draft_length=3)
+    assert answer["outcome"] == "infeasible" and answer["infeasible"]["e2e_mean<0.01"]["value"] > 0.01
+    assert answer["flags"]["vllm_static"] is None
+    full = optimize(deployment, loads=[900.0], **LENGTHS, max_draft_length=3)
+    assert full["outcome"] == "saturated" and full["infeasible"]["capacity"]["shortfall"] > 0
+
+
+def test_concurrency_policy(deployment):
+    answer = optimize(
+        deployment, loads=[1.0, 16.0, 64.0], loop="concurrency", **LENGTHS, objective="throughput", max_draft_length=4
+    )
+    for entry in answer["table"]:
+        assert_close(entry["metrics"]["throughput"] * entry["metrics"]["e2e_mean"], entry["load"], rtol=1e-9)
+
+
+def test_schedule_takes_the_fastest_draft_length_at_each_batch(deployment, limited):
+    config = deployment.configuration(8, acceptance=ConstantAcceptance(0.8))
+    workload = Workload(**LENGTHS, arrival_rate=1.0)
+    schedule = limited["schedule"]
+    assert schedule[0][0] == 1 and schedule[-1][1] == 64
+    assert all(after[0] == before[1] + 1 for before, after in itertools.pairwise(schedule))
+
+    @jax.jit
+    @jax.vmap
+    def pace(k, n):
+        chosen = deployment.configuration(k, acceptance=ConstantAcceptance(0.8))
+        step = deployment.serving.step_parts(workload, chosen, n).total
+        return step / config.acceptance.tokens_per_step(k)
+
+    for first, last, k in schedule:
+        for batch in {first, (first + last) // 2, last}:
+            lengths = jnp.arange(9.0)
+            assert int(np.argmin(np.asarray(pace(lengths, jnp.full(9, float(batch)))))) == k
+
+
+def test_schedule_equilibrium_of_an_affine_residence():
+    residence = 0.5 + 0.1 * np.arange(1, 201)  # 0.5 + 0.1*n: (c1 + c2)/(1 - rate*c2)
+    assert_close(residence_under_schedule(residence, 4.0, "arrival_rate"), 0.6 / (1 - 0.4), rtol=1e-9)
+    assert residence_under_schedule(residence, 11.0, "arrival_rate") is None
+    assert_close(residence_under_schedule(residence, 400.0, "concurrency"), 20.5 * 2, rtol=1e-12)
+
+
+def test_flags_are_what_vllm_reads():
+    flags = vllm_flags(3, [[1, 16, 5], [17, 64, 0]], "eagle3", "org/drafter")
+    static = json.loads(flags["vllm_static"].removeprefix("--speculative-config '").removesuffix("'"))
+    assert static == {"method": "eagle3", "model": "org/drafter", "num_speculative_tokens": 3}
+    dynamic = json.loads(flags["vllm_dynamic"].removeprefix("--speculative-config '").removesuffix("'"))
+    assert dynamic["num_speculative_tokens"] == 5
+    assert dynamic["num_speculative_tokens_per_batch_size"] == [[1, 16, 5], [17, 64, 0]]
+    off = vllm_flags(0, [[1, 64, 0]], "eagle3", None)
+    assert off == {"vllm_static": None, "vllm_dynamic": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ttft<0.5", "did you mean 'ttft_mean'"),
+        ("ttft_mean<-1", "a number above 0"),
+        ("ttft_mean", "METRIC<NUMBER"),
+        ("throughput<3", "limited from below"),
+        ("ttft_mean<1e", "a number above 0"),
+    ],
+)
+def test_limits_refuse_what_they_cannot_read(text, message):
+    with pytest.raises(InputError, match=message):
+        parse_limit(text)
+    assert "e2e_mean" in LIMITED
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loads": []}, "at least one load"),
+        ({"loads": [2.0, 1.0]}, "increasing"),
+        ({"loads": [1.0], "objective": "speed"}, "objective: got 'speed'"),
+        ({"loads": [1.0], "max_draft_length": 40}, "whole numbers from 1 to 32"),
+        ({"loads": [0.5], "loop": "concurrency"}, "at least 1 req"),
+    ],
+)
+def test_optimize_refuses_bad_questions(deployment, options, message):
+    with pytest.raises(InputError, match=message):
+        optimize(deployment, **LENGTHS, **options)
