@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from diffspec.fit.deployment import FittedDeployment, FittedModel
-from diffspec.fit.observations import NEVER_ENDING, PREDICTED, Block, observations
+from diffspec.fit.observations import NEVER_ENDING, PREDICTED, Block, observations, padded
 from diffspec.results import InputError
 from diffspec.traces import Trace, set_aside_reasons
 
@@ -39,11 +39,14 @@ def _predict(serving, blocks: tuple[Block, ...]):
 def predict_trace(deployment: FittedDeployment, frame) -> Scored:
     """Predict every row of one deployment's frame, each as the finite run it was."""
     data = observations(frame, deployment.defaults, deployment.acceptance)
-    predictions = _predict(deployment.serving, tuple(_with_steady_twins(block) for block in data.blocks))
+    predictions = _predict(deployment.serving, tuple(_with_steady_twins(padded(block)) for block in data.blocks))
     back = np.argsort(data.order)
 
     def gather(field, twin):
-        halves = [np.split(np.asarray(getattr(prediction, field)), 2)[twin] for prediction in predictions]
+        halves = [
+            np.split(np.asarray(getattr(prediction, field)), 2)[twin][: len(block)]
+            for prediction, block in zip(predictions, data.blocks, strict=True)
+        ]
         return np.concatenate(halves)[back]
 
     measured = {name: value[back] for name, value in data.observed.items()}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.fit.forms import Form
-from diffspec.fit.observations import PREDICTED, Block, Observations
+from diffspec.fit.observations import PREDICTED, Block, Observations, padded
 
 DEGREES_OF_FREEDOM = 4.0
 NOISE_CENTRE, NOISE_SPREAD, NOISE_FLOOR = 0.03, 0.7, 0.003
@@ -80,7 +80,7 @@ def predict_rows(model, blocks: tuple[Block, ...]):
 
 
 class Objective(eqx.Module):
-    """(loss, residuals) of (vector, weights).
+    """(loss, residuals) of (vector, weights), over padded rows; ``real`` [rows] is 1 for rows of the trace.
 
     vector = standardised parameters, then per target a log noise scale and, for medians that stand in, a log bias.
     ``weights`` [rows] in {0, 1} select rows: a hold-out needs no recompilation.
@@ -88,6 +88,7 @@ class Objective(eqx.Module):
 
     form: Form
     blocks: tuple[Block, ...]
+    real: jax.Array
     log_values: jax.Array
     used: jax.Array
     columns: tuple[str, ...] = eqx.field(static=True)
@@ -127,11 +128,20 @@ class Objective(eqx.Module):
 
 
 def build_objective(form: Form, data: Observations, targets: list[Target]) -> Objective:
-    """Objective of one form over the rows of ``data``."""
+    """Objective of one form over the rows of ``data``, in its block order, each block padded."""
+    blocks = tuple(padded(block) for block in data.blocks)
+    real = np.concatenate([np.arange(len(long)) < len(short) for long, short in zip(blocks, data.blocks, strict=True)])
+
+    def spread(columns):
+        lengthened = np.zeros((len(targets), len(real)))
+        lengthened[:, real] = np.stack(columns)
+        return jnp.asarray(lengthened)
+
     return Objective(
         form=form,
-        blocks=jax.tree.map(jnp.asarray, data.blocks),
-        log_values=jnp.asarray(np.stack([t.log_value for t in targets])),
-        used=jnp.asarray(np.stack([t.used for t in targets]).astype(float)),
+        blocks=jax.tree.map(jnp.asarray, blocks),
+        real=jnp.asarray(real.astype(float)),
+        log_values=spread([t.log_value for t in targets]),
+        used=spread([t.used for t in targets]),
         columns=tuple(t.column for t in targets),
     )

@@ -61,6 +61,16 @@ class Observations:
         return np.concatenate([np.full(len(b), b.workload.is_open) for b in self.blocks])
 
 
+def padded(block: Block) -> Block:
+    """The block lengthened to a power of two (at least 16) by repeating its last row, so that traces of many sizes
+    share few compiled programs. The added rows are for shape only."""
+    size = 16
+    while size < len(block):
+        size *= 2
+    rows = np.minimum(np.arange(size), len(block) - 1)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[rows], block)
+
+
 def observations(frame, references: dict[str, Any] | None = None, curve: MeasuredAcceptance | None = None):
     """Batch the rows of one deployment. ``references``: parameter counts that drafter_params and verifier_params are
     scaled to; ``curve``: acceptance to use for speculative rows that carry none.

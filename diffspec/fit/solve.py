@@ -63,11 +63,13 @@ def minimise(
     count = len(starts)
     assert count <= LANES
     fill = np.arange(LANES) % count
-    x, weights = np.asarray(starts)[fill], np.asarray(weights)[fill]
+    real = np.asarray(objective.real) > 0
+    x, row_weights = np.asarray(starts)[fill], np.zeros((LANES, len(real)))
+    row_weights[:, real] = np.asarray(weights)[fill]
     state = jax.vmap(_MEMORY.init)(jnp.asarray(x))
 
     def evaluate(vectors):
-        (value, residuals), gradient = _value_and_gradient(objective, vectors, weights)
+        (value, residuals), gradient = _value_and_gradient(objective, vectors, row_weights)
         value, gradient = np.array(value), np.array(gradient)
         value[~np.isfinite(gradient).all(axis=1)] = np.inf
         return value, gradient, np.array(residuals)
@@ -103,7 +105,7 @@ def minimise(
         x, value, gradient, residuals = new_x, new_value, new_gradient, new_residuals
     if progress is not None:
         progress(1.0)
-    return Solution(x[:count], value[:count], np.abs(gradient[:count]).max(axis=1), residuals[:count])
+    return Solution(x[:count], value[:count], np.abs(gradient[:count]).max(axis=1), residuals[:count][:, :, real])
 
 
 def random_starts(size: int, count: int = LANES, seed: int = 0) -> np.ndarray:
