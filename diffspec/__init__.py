@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from diffspec.analysis.answers import predict_answer
     from diffspec.analysis.sensitivity import sensitivity
     from diffspec.experts import ExpertRouting
-    from diffspec.fit.deployment import FittedDeployment, FittedModel
-    from diffspec.fit.evaluate import evaluate
-    from diffspec.fit.fitting import fit
-    from diffspec.optimize.policy import optimize
+    from diffspec.fitting.deployment import FittedDeployment, FittedModel
+    from diffspec.fitting.evaluate import evaluate
+    from diffspec.fitting.fit import fit
+    from diffspec.optimizing.policy import optimize
     from diffspec.results import RESULTS, DiffspecError, InputError, NoResultError, TraceError
     from diffspec.serving import Configuration, Prediction, ServingModel
     from diffspec.steady_state import SteadyState, solve_closed_loop, solve_open_loop
@@ -72,10 +72,10 @@ _HOMES = {
     "analysis.answers": ("predict_answer",),
     "analysis.sensitivity": ("sensitivity",),
     "experts": ("ExpertRouting",),
-    "fit.deployment": ("FittedDeployment", "FittedModel"),
-    "fit.evaluate": ("evaluate",),
-    "fit.fitting": ("fit",),
-    "optimize.policy": ("optimize",),
+    "fitting.deployment": ("FittedDeployment", "FittedModel"),
+    "fitting.evaluate": ("evaluate",),
+    "fitting.fit": ("fit",),
+    "optimizing.policy": ("optimize",),
     "results": ("RESULTS", "DiffspecError", "InputError", "NoResultError", "TraceError"),
     "serving": ("Configuration", "Prediction", "ServingModel"),
     "steady_state": ("SteadyState", "solve_closed_loop", "solve_open_loop"),

@@ -12,7 +12,7 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_compilation_cache", False)  # never a compiled function of an earlier run
-jaxtyping.install_import_hook("diffspec", "beartype.beartype")
+jaxtyping.install_import_hook("diffspec", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
 @pytest.fixture

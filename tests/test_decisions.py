@@ -15,11 +15,11 @@ from scipy.optimize import brentq
 from diffspec.acceptance import ConstantAcceptance
 from diffspec.analysis.answers import predict_answer
 from diffspec.analysis.sensitivity import sensitivity
-from diffspec.fit.fitting import fit
-from diffspec.optimize.flags import vllm_flags
-from diffspec.optimize.limits import LIMITED, parse_limit
-from diffspec.optimize.policy import optimize
-from diffspec.optimize.schedule import residence_under_schedule
+from diffspec.fitting.fit import fit
+from diffspec.optimizing.flags import vllm_flags
+from diffspec.optimizing.limits import LIMITED, parse_limit
+from diffspec.optimizing.policy import optimize
+from diffspec.optimizing.schedule import residence_under_schedule
 from diffspec.parameters import get_parameters, set_parameters
 from diffspec.results import InputError
 from diffspec.serving import STAGES

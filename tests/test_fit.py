@@ -10,13 +10,13 @@ import pytest
 from helpers import assert_close
 from oracles import ReferenceServer
 
-from diffspec.fit.deployment import FittedModel
-from diffspec.fit.evaluate import error_summary, evaluate
-from diffspec.fit.fitting import fit
-from diffspec.fit.forms import Scales, build_form
-from diffspec.fit.objective import build_objective, choose_targets
-from diffspec.fit.observations import acceptance_curve, observations
-from diffspec.fit.select import folds_of, simplest_good
+from diffspec.fitting.deployment import FittedModel
+from diffspec.fitting.evaluate import error_summary, evaluate
+from diffspec.fitting.fit import fit
+from diffspec.fitting.forms import Scales, build_form
+from diffspec.fitting.objective import build_objective, choose_targets
+from diffspec.fitting.observations import acceptance_curve, observations
+from diffspec.fitting.select import folds_of, simplest_good
 from diffspec.results import InputError
 from diffspec.traces import read_trace
 

@@ -24,14 +24,14 @@ LAYERS = (
     ("acceptance", "experts", "step_time"),
     ("steady_state", "waiting", "simulate"),
     ("serving", "traces", "datasets"),
-    ("fit", "analysis", "optimize"),
+    ("fitting", "analysis", "optimizing"),
     ("report", "demo"),
     ("cli",),
     ("__init__",),
 )
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 # Layers whose rooms may also import those named before them in the same layer.
-ORDERED_LAYERS = {LAYER_OF["step_time"], LAYER_OF["fit"], LAYER_OF["demo"]}
+ORDERED_LAYERS = {LAYER_OF["step_time"], LAYER_OF["fitting"], LAYER_OF["demo"]}
 # Third-party packages and the only rooms that may import them.
 CONFINED = {"pandas": {"traces"}, "matplotlib": {"report"}, "rich": {"report", "cli"}, "typer": {"cli"}}
 PRINTING_ROOMS = {"report", "cli"}
@@ -46,7 +46,7 @@ def modules(package: Path) -> Iterator[tuple[Path, str, ast.Module]]:
 
 
 def imported_names(tree: ast.Module, path: Path, package: Path) -> Iterator[tuple[int, str]]:
-    """Absolute dotted names that a file imports anywhere, also inside functions: (line, "diffspec.fit.solve")."""
+    """Absolute dotted names that a file imports anywhere, also inside functions: (line, "diffspec.fitting.solve")."""
     folder = (package.name, *path.parent.relative_to(package).parts)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -147,19 +147,19 @@ BAD_TREES = [
     (layers_kept, {"parameters.py": "import diffspec.workload", "workload.py": ""}, "layer 0 imports"),
     (
         layers_kept,
-        {"serving.py": "def f():\n    from diffspec.fit import solve", "fit/__init__.py": ""},
+        {"serving.py": "def f():\n    from diffspec.fitting import solve", "fitting/__init__.py": ""},
         "serving.py:2",
     ),
     (layers_kept, {"serving.py": "from diffspec import cli", "cli/__init__.py": ""}, "layer 4 imports"),
     (layers_kept, {"workload.py": "from diffspec import __version__", "__init__.py": ""}, "of layer 8"),
-    (layers_kept, {"fit/solvers.py": "from ..report import tables", "report/tables.py": ""}, "layer 5 imports"),
+    (layers_kept, {"fitting/solvers.py": "from ..report import tables", "report/tables.py": ""}, "layer 5 imports"),
     (layers_kept, {"waiting.py": "from . import steady_state", "steady_state.py": ""}, "layer 3 imports"),
     (layers_kept, {"experts.py": "from diffspec.step_time import Affine", "step_time.py": ""}, "layer 2 imports"),
-    (layers_kept, {"fit/a.py": "from diffspec.optimize.b import c", "optimize/b.py": ""}, "layer 5 imports"),
+    (layers_kept, {"fitting/a.py": "from diffspec.optimizing.b import c", "optimizing/b.py": ""}, "layer 5 imports"),
     (layers_kept, {"quantum.py": ""}, "'quantum' has no layer; give it one"),
     (heavy_packages_confined, {"serving.py": "def f():\n    import pandas as pd"}, "imports pandas; only ['traces']"),
     (heavy_packages_confined, {"cli/plot.py": "from matplotlib import pyplot"}, "only ['report']"),
-    (heavy_packages_confined, {"fit/a.py": "import rich.table"}, "imports rich.table"),
+    (heavy_packages_confined, {"fitting/a.py": "import rich.table"}, "imports rich.table"),
     (heavy_packages_confined, {"report/a.py": "import typer"}, "imports typer"),
     (nothing_prints, {"simulate/engine.py": "x = 1\nprint(x)"}, "engine.py:2: print()"),
     (annotations_are_evaluated, {"workload.py": "from __future__ import annotations"}, "workload.py:1"),
@@ -260,6 +260,9 @@ def test_every_public_name_resolves_and_is_documented():
 
     assert diffspec.__all__, "diffspec exports nothing"
     assert len(set(diffspec.__all__)) == len(diffspec.__all__)
+    rooms = {path.stem for path in PACKAGE.iterdir()}
+    clash = rooms & set(diffspec.__all__)
+    assert not clash, f"a public name and a module share the name, the module would hide it: {clash}"
     missing = [name for name in diffspec.__all__ if not hasattr(diffspec, name)]
     assert not missing, f"in __all__ but absent: {missing}"
     without = undocumented({name: getattr(diffspec, name) for name in diffspec.__all__})

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffspec.fit.deployment import FittedDeployment
+from diffspec.fitting.deployment import FittedDeployment
 from diffspec.results import outcome_name
 from diffspec.serving import STAGES, Comparison, Configuration, Prediction, ServingModel
 from diffspec.workload import Workload

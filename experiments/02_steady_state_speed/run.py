@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def random_systems(count: int, seed: int = 0) -> np.ndarray:
-    """Columns: weight_read, token_compute, kv_read, sharpness, query tokens per sequence, steps, prefill, utilization."""
+    """Columns: weight_read, token_compute, kv_read, sharpness, tokens per sequence, steps, prefill, utilization."""
     rng = np.random.default_rng(seed)
     return np.stack(
         [

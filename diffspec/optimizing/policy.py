@@ -12,11 +12,11 @@ import numpy as np
 
 from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractAcceptance
 from diffspec.analysis.answers import FAST_COMPILE, METRICS, finite
-from diffspec.fit.deployment import FittedDeployment
-from diffspec.optimize.flags import vllm_flags
-from diffspec.optimize.limits import Limit, check_objective, parse_limit
-from diffspec.optimize.relaxation import at_draft_length, relaxed_draft_lengths
-from diffspec.optimize.schedule import LONGEST_SCHEDULE, batch_schedule, residence_under_schedule
+from diffspec.fitting.deployment import FittedDeployment
+from diffspec.optimizing.flags import vllm_flags
+from diffspec.optimizing.limits import Limit, check_objective, parse_limit
+from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
+from diffspec.optimizing.schedule import LONGEST_SCHEDULE, batch_schedule, residence_under_schedule
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import Configuration, ServingModel
 from diffspec.workload import Workload, batched

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffspec.fit.deployment import FittedDeployment, FittedModel, used_versions
-from diffspec.fit.evaluate import not_predicted, predict_trace, reason_kind, summarise
-from diffspec.fit.forms import build_form, read_scales
-from diffspec.fit.objective import build_objective, choose_targets
-from diffspec.fit.observations import acceptance_curve, observations, require_rows
-from diffspec.fit.select import candidate_forms, folds_of, held_out_error, simplest_good
-from diffspec.fit.solve import LANES, minimise, random_starts
+from diffspec.fitting.deployment import FittedDeployment, FittedModel, used_versions
+from diffspec.fitting.evaluate import not_predicted, predict_trace, reason_kind, summarise
+from diffspec.fitting.forms import build_form, read_scales
+from diffspec.fitting.objective import build_objective, choose_targets
+from diffspec.fitting.observations import acceptance_curve, observations, require_rows
+from diffspec.fitting.select import candidate_forms, folds_of, held_out_error, simplest_good
+from diffspec.fitting.solve import LANES, minimise, random_starts
 from diffspec.results import InputError
 from diffspec.traces import Trace, matches, set_aside_reasons
 from diffspec.workload import check_range

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from diffspec.fit.objective import Objective, Target
-from diffspec.fit.observations import Observations
-from diffspec.fit.solve import refit_without
+from diffspec.fitting.objective import Objective, Target
+from diffspec.fitting.observations import Observations
+from diffspec.fitting.solve import refit_without
 
 MOST_FOLDS = 8
 IMPROVEMENT = 0.02

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.analysis.answers import FAST_COMPILE
-from diffspec.optimize.relaxation import at_draft_length
+from diffspec.optimizing.relaxation import at_draft_length
 from diffspec.serving import Configuration, ServingModel
 from diffspec.workload import Workload
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance, MeasuredAcceptance
-from diffspec.fit.forms import FORMS, Scales, build_form
+from diffspec.fitting.forms import FORMS, Scales, build_form
 from diffspec.parameters import get_parameters, parameter_infos, set_parameters
 from diffspec.results import InputError
 from diffspec.serving import Configuration, ServingModel

@@ -10,8 +10,8 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from diffspec.fit.deployment import FittedDeployment, FittedModel
-from diffspec.fit.observations import NEVER_ENDING, PREDICTED, Block, observations, padded
+from diffspec.fitting.deployment import FittedDeployment, FittedModel
+from diffspec.fitting.observations import NEVER_ENDING, PREDICTED, Block, observations, padded
 from diffspec.results import InputError
 from diffspec.traces import Trace, set_aside_reasons
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffspec.fit.objective import Objective
+from diffspec.fitting.objective import Objective
 
 LANES = 8
 GRADIENT_TOLERANCE = 1e-3

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffspec.fit.forms import Form
-from diffspec.fit.observations import PREDICTED, Block, Observations, padded
+from diffspec.fitting.forms import Form
+from diffspec.fitting.observations import PREDICTED, Block, Observations, padded
 
 DEGREES_OF_FREEDOM = 4.0
 NOISE_CENTRE, NOISE_SPREAD, NOISE_FLOOR = 0.03, 0.7, 0.003

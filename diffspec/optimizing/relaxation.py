@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from diffspec.analysis.answers import FAST_COMPILE, METRICS
-from diffspec.optimize.limits import Limit, cost
+from diffspec.optimizing.limits import Limit, cost
 from diffspec.serving import Configuration, ServingModel
 from diffspec.workload import Workload
 

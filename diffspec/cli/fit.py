@@ -1,0 +1,106 @@
+"""`diffspec fit`: a trace becomes a model."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffspec.cli.options import AllRows, AsJson
+from diffspec.cli.output import deliver, note, progress_bar
+from diffspec.cli.prepare import prepare_jax
+
+
+def command(
+    traces: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="TRACE...", help="Tables (CSV, Parquet) or 'vllm bench serve' JSON, files or folders."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="MODEL.JSON", help="Where to write the model.")] = None,
+    step_time: Annotated[
+        str, typer.Option(metavar="FORM", help="affine, roofline, or auto: the smaller cross-validated error.")
+    ] = "auto",
+    holdout: Annotated[
+        str | None, typer.Option(metavar="FILTER", help='Rows to leave out and score, such as "draft_length==3".')
+    ] = None,
+    observables: Annotated[
+        str | None, typer.Option(metavar="LIST", help="What to fit, such as ttft,itl; default: what is there.")
+    ] = None,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave bad rows out; they go to MODEL.JSON.bad_rows.csv.")
+    ] = False,
+    all_rows: AllRows = False,
+    plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw the rows against the fit beside MODEL.JSON.")] = (
+        True
+    ),
+    template: Annotated[bool, typer.Option("--template", help="Print a small valid trace to fill in, and stop.")] = (
+        False
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Fit a model to a trace, one set of parameters per deployment.
+
+    Example: diffspec fit runs.csv --out model.json --holdout "draft_length==3"
+
+    A table to start from: diffspec fit --template > trace.csv
+    """
+    if template:
+        from diffspec.traces import template as template_text
+
+        sys.stdout.write(template_text())
+        return
+    prepare_jax()
+    from diffspec.fitting.fit import fit
+    from diffspec.report import tables
+    from diffspec.report.files import check_target
+    from diffspec.results import InputError
+    from diffspec.traces import read_trace
+
+    if not traces:
+        raise InputError("TRACE is missing: diffspec fit TRACE... --out model.json, or diffspec fit --template")
+    if out is None:
+        raise InputError("--out is missing: diffspec fit TRACE... --out model.json")
+    check_target(out, tuple(traces))
+    trace = read_trace(traces, skip_bad_rows=skip_bad_rows)
+    with progress_bar("fit") as progress:
+        model = fit(
+            trace,
+            step_time=step_time,
+            holdout=holdout,
+            observables=None if observables is None else tuple(name.strip() for name in observables.split(",")),
+            all_rows=all_rows,
+            progress=progress,
+        )
+    files: dict[Path, str | bytes] = {out: model.to_json()}
+    warnings = list(trace.warnings)
+    if trace.bad_rows is not None and len(trace.bad_rows):
+        spoilt = out.with_name(out.name + ".bad_rows.csv")
+        files[spoilt] = trace.bad_rows.to_csv(index=False)
+        warnings.append(f"{len(trace.bad_rows)} bad rows left out; see {spoilt}")
+    if plot:
+        files |= _plots(model, trace, out, holdout, all_rows)
+    answer: dict[str, Any] = {
+        "model": str(out),
+        "files": [str(path) for path in files],
+        "rows": len(trace),
+        "rows_sha256": model.rows_sha256,
+        "deployments": [deployment.to_dict() for deployment in model.deployments.values()],
+        "warnings": warnings,
+    }
+    note([*warnings, *(w for deployment in model.deployments.values() for w in deployment.warnings)], "warning")
+    deliver(answer, tables.fit_summary, as_json=as_json, files=files, inputs=tuple(traces))
+
+
+def _plots(model, trace, out: Path, holdout: str | None, all_rows: bool) -> dict[Path, str | bytes]:
+    """A figure per deployment, named after the model and, where there are several, the deployment."""
+    from diffspec.report import figures, measured
+
+    drawn: dict[Path, str | bytes] = {}
+    for number, deployment in enumerate(model.deployments.values(), start=1):
+        parts = measured.fitted_and_held_out(deployment, trace, holdout, all_rows=all_rows)
+        name = re.sub(r"[^\w.-]+", "-", deployment.name).strip("-.") or "deployment"
+        stem = out.stem if len(model.deployments) == 1 else f"{out.stem}-{number}-{name}"
+        figure = figures.against_measured(parts, f"{deployment.name}: {deployment.form} step time against measurements")
+        drawn[out.with_name(f"{stem}.png")] = figures.png(figure)
+    return drawn

@@ -1,0 +1,63 @@
+"""`diffspec optimize`: the draft length for each load."""
+
+from typing import Annotated
+
+import typer
+
+from diffspec.cli.options import AsJson, ModelPath, Out, PlotPath, WorkloadOptions, read_model, with_workload
+from diffspec.cli.output import deliver, note, progress_bar
+from diffspec.cli.prepare import prepare_jax
+
+
+@with_workload
+def command(
+    model: ModelPath,
+    asked: WorkloadOptions,
+    max_draft_length: Annotated[int, typer.Option(metavar="K", help="Longest draft to consider.")] = 8,
+    slo: Annotated[
+        list[str] | None, typer.Option("--slo", metavar='"METRIC<X"', help="A limit in s or req/s; repeat for more.")
+    ] = None,
+    objective: Annotated[str, typer.Option(metavar="METRIC", help="What to make small.")] = "e2e_mean",
+    plot: PlotPath = None,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Choose the draft length for each load, within limits. Exit code 1 if no load has an answer.
+
+    Loads are one number, a list 1,2,4 or an inclusive range first:last:step.
+
+    Example: diffspec optimize model.json --arrival-rate 0.5:6:0.5 --max-draft-length 8 --slo "ttft_mean<0.5"
+    """
+    prepare_jax()
+    from diffspec.optimizing.policy import optimize
+    from diffspec.report import tables
+
+    deployment = read_model(model).deployment(asked.deployment)
+    loop, loads = asked.loads()
+    prompt, output, notes = asked.lengths(deployment)
+    acceptance = asked.acceptance(None)
+    with progress_bar("optimize") as progress:
+        answer = optimize(
+            deployment,
+            loads=loads,
+            loop=loop,
+            prompt_length=prompt,
+            output_length=output,
+            max_draft_length=max_draft_length,
+            slo=slo or [],
+            objective=objective,
+            acceptance=acceptance,
+            max_batch_size=asked.max_batch_size,
+            drafter_params=asked.drafter_params,
+            progress=progress,
+        )
+    note(notes)
+    note(answer["warnings"], "warning")
+    files = {}
+    if plot is not None:
+        from diffspec.report import figures
+
+        files[plot] = figures.png(figures.policy(answer))
+    deliver(answer, tables.policy, as_json=as_json, out=out, files=files, inputs=(model,))
+    if answer["outcome"] != "successful":
+        raise typer.Exit(1)

@@ -1,0 +1,244 @@
+"""Options that several commands share, each defined once: the workload, the model, the form of the answer."""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from diffspec.acceptance import AbstractAcceptance
+    from diffspec.fitting.deployment import FittedDeployment, FittedModel
+    from diffspec.serving import Configuration
+    from diffspec.workload import Workload
+
+MOST_LOADS = 1000
+
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL.JSON", help="A model that 'diffspec fit' wrote.")]
+TracePaths = Annotated[
+    list[Path],
+    typer.Argument(metavar="TRACE...", help="Tables (CSV, Parquet) or 'vllm bench serve' JSON, files or folders."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout (times in seconds).")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write the answer to FILE, as JSON.")]
+PlotPath = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it to FILE (PNG).")]
+AllRows = Annotated[bool, typer.Option("--all-rows", help="Use rows that are not stationary too.")]
+DraftLength = Annotated[
+    float, typer.Option("--draft-length", metavar="K", help="Drafted tokens per step; 0 for no speculation.")
+]
+
+_LOAD, _ACCEPTANCE, _SERVER = "Workload (one load is needed)", "Acceptance (at most one)", "Server"
+
+
+def _option(name: str, metavar: str, panel: str, text: str) -> Any:
+    return typer.Option(name, metavar=metavar, help=text, rich_help_panel=panel)
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkloadOptions:
+    """The options that say what is asked: one load, lengths, acceptance and caps; see :func:`with_workload`."""
+
+    arrival_rate: Annotated[
+        str | None, _option("--arrival-rate", "X", _LOAD, "Open loop: mean arrivals per second, req/s.")
+    ] = None
+    concurrency: Annotated[
+        str | None, _option("--concurrency", "N", _LOAD, "Closed loop: requests kept in flight.")
+    ] = None
+    prompt_length: Annotated[
+        float | None,
+        _option("--prompt-length", "P", _LOAD, "Mean prompt tokens; the measured ones if all rows had the same."),
+    ] = None
+    output_length: Annotated[
+        float | None,
+        _option("--output-length", "G", _LOAD, "Mean output tokens; the measured ones if all rows had the same."),
+    ] = None
+    acceptance_rate: Annotated[
+        float | None,
+        _option(
+            "--acceptance-rate", "A", _ACCEPTANCE, "P(next draft token accepted, given all before it were), 0 to 1."
+        ),
+    ] = None
+    tokens_per_step: Annotated[
+        float | None,
+        _option("--tokens-per-step", "E", _ACCEPTANCE, "Tokens per step at this draft length, bonus included."),
+    ] = None
+    position_acceptance: Annotated[
+        str | None,
+        _option("--position-acceptance", '"A;B;C"', _ACCEPTANCE, "The acceptance rate of each draft position."),
+    ] = None
+    max_batch_size: Annotated[
+        float | None, _option("--max-batch-size", "B", _SERVER, "Most requests in one step; default: as measured.")
+    ] = None
+    deployment: Annotated[
+        str | None, _option("--deployment", "D", _SERVER, "Which deployment, where the model has several.")
+    ] = None
+    drafter_params: Annotated[
+        float | None, _option("--drafter-params", "N", _SERVER, "Parameters of the drafter, if not the measured one.")
+    ] = None
+
+    def loads(self) -> tuple[str, list[float]]:
+        """Loop kind ("arrival_rate" or "concurrency") and its loads; ranges are inclusive ``first:last:step``."""
+        from diffspec.results import InputError
+
+        given = [name for name in ("arrival_rate", "concurrency") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InputError(
+                f"load: got {'both' if given else 'neither'}; allowed: exactly one of --arrival-rate (open loop) and "
+                "--concurrency (closed loop)"
+            )
+        return given[0], parse_loads(getattr(self, given[0]), f"--{given[0].replace('_', '-')}")
+
+    def workload(self, deployment: "FittedDeployment") -> "tuple[Workload, list[str]]":
+        """The workload asked for, with a note for each length that was not given."""
+        from diffspec.results import InputError
+        from diffspec.workload import Workload
+
+        loop, loads = self.loads()
+        if len(loads) != 1:
+            raise InputError(
+                f"--{loop.replace('_', '-')}: got {len(loads)} loads; allowed: one number (optimize takes ranges)"
+            )
+        prompt, output, notes = self.lengths(deployment)
+        return Workload(prompt_length=prompt, output_length=output, **{loop: loads[0]}), notes
+
+    def lengths(self, deployment: "FittedDeployment") -> tuple[float, float, list[str]]:
+        """(prompt_length, output_length) as given, else the only measured ones, with notes that say so."""
+        from diffspec.results import InputError
+        from diffspec.workload import Workload
+
+        found, notes = [], []
+        for name in ("prompt_length", "output_length"):
+            value, measured = getattr(self, name), deployment.measured.get(name)
+            option = f"--{name.replace('_', '-')}"
+            if value is None:
+                if not measured or measured[0] != measured[1]:
+                    span = f"{measured[0]:g} to {measured[1]:g}" if measured else "none"
+                    raise InputError(f"{option} is needed: the measured ones differ ({span} tok)")
+                value = float(measured[0])
+                notes.append(f"{option} not given: {value:g} tok, as in every measured row")
+            found.append(value)
+        Workload(prompt_length=found[0], output_length=found[1], arrival_rate=1.0)  # checks their ranges
+        return found[0], found[1], notes
+
+    def acceptance(self, draft_length: float | None) -> "AbstractAcceptance | None":
+        """The acceptance asked for, None for the deployment's own; without a draft length no --tokens-per-step."""
+        import jax.numpy as jnp
+
+        from diffspec.acceptance import ConstantAcceptance, PositionAcceptance, acceptance_from_tokens_per_step
+        from diffspec.results import InputError
+
+        names = ("acceptance_rate", "tokens_per_step", "position_acceptance")
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InputError(f"acceptance: got {' and '.join(given)}; allowed: at most one of them")
+        if self.acceptance_rate is not None:
+            return ConstantAcceptance(self.acceptance_rate)
+        if self.position_acceptance is not None:
+            rates = _numbers(self.position_acceptance.replace(",", ";").split(";"), "--position-acceptance")
+            return PositionAcceptance(jnp.asarray(rates, dtype=float))
+        if self.tokens_per_step is None:
+            return None
+        if draft_length is None:
+            raise InputError(
+                "--tokens-per-step holds at one draft length, and this command compares several; "
+                "give --acceptance-rate or --position-acceptance"
+            )
+        if draft_length == 0:
+            raise InputError(
+                f"--tokens-per-step: got {self.tokens_per_step:g} with --draft-length 0; allowed: a draft length of 1 "
+                "or more"
+            )
+        return acceptance_from_tokens_per_step(self.tokens_per_step, draft_length)
+
+    def configuration(self, deployment: "FittedDeployment", draft_length: float) -> "Configuration":
+        """The deployment's configuration at this draft length, with what was asked for in place of its own."""
+        return deployment.configuration(
+            draft_length,
+            acceptance=self.acceptance(draft_length),
+            max_batch_size=self.max_batch_size,
+            drafter_params=self.drafter_params,
+        )
+
+
+def with_workload(command: Callable) -> Callable:
+    """Give a command whose parameter ``asked`` is a :class:`WorkloadOptions` those options in the command line."""
+    signature = inspect.signature(command)
+    names = [field.name for field in dataclasses.fields(WorkloadOptions)]
+    parameters = []
+    for parameter in signature.parameters.values():
+        if parameter.name != "asked":
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        for field in dataclasses.fields(WorkloadOptions):
+            parameters.append(
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
+                )
+            )
+
+    @wraps(command)
+    def run(**values):
+        return command(asked=WorkloadOptions(**{name: values.pop(name) for name in names}), **values)
+
+    del run.__wrapped__  # else its signature and annotations would be read instead
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def parse_loads(text: str, option: str) -> list[float]:
+    """Loads from ``2``, ``1,2,4`` or the inclusive range ``first:last:step``.
+
+    >>> parse_loads("0.5:2:0.5", "--arrival-rate")
+    [0.5, 1.0, 1.5, 2.0]
+    """
+    from diffspec.results import InputError
+
+    if ":" not in text:
+        return _numbers(text.split(","), option)
+    parts = _numbers(text.split(":"), option)
+    if len(parts) != 3 or parts[2] <= 0 or parts[1] < parts[0]:
+        raise InputError(f"{option}: got {text!r}; allowed: first:last:step with first <= last and step > 0")
+    first, last, step = parts
+    count = math.floor((last - first) / step + 1e-9) + 1
+    if count > MOST_LOADS:
+        raise InputError(f"{option}: got {text!r}, {count} loads; allowed: up to {MOST_LOADS}; take a larger step")
+    return [round(first + index * step, 12) for index in range(count)]
+
+
+def _numbers(texts: list[str], option: str) -> list[float]:
+    from diffspec.results import InputError
+
+    values = []
+    for text in texts:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise InputError(f"{option}: got {text.strip()!r}; allowed: a finite number")
+        values.append(value)
+    return values
+
+
+def read_model(path: Path) -> "FittedModel":
+    """The model in a file. :class:`InputError` when it is missing, unreadable or no model of this version."""
+    from diffspec.fitting.deployment import FittedModel
+    from diffspec.results import InputError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; make a model with 'diffspec fit TRACE --out {path}'") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a diffspec model (not UTF-8 text); make one with 'diffspec fit'") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    try:
+        return FittedModel.from_json(text, source=str(path))
+    except InputError as error:
+        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None

@@ -1,1 +1,0 @@
-"""Fitting: a trace becomes a model that predicts; see :func:`diffspec.fit.fitting.fit`."""

@@ -1,0 +1,1 @@
+"""Fitting: a trace becomes a model that predicts; see :func:`diffspec.fitting.fit.fit`."""

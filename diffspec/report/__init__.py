@@ -1,0 +1,1 @@
+"""Reports: plain answers and predictions become tables, figures and files."""

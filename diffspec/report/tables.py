@@ -1,0 +1,198 @@
+"""Answers as tables for a terminal: plain dicts in, rich renderables out. Times are told in milliseconds."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from diffspec.report.numbers import NONE, metric_value, milliseconds, percent, quantity, significant, span
+
+STAGES = ("waiting", "prefill", "draft", "verify", "overhead")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
+    """A table whose first ``left`` columns are texts and whose others are numbers."""
+    made = Table(title=Text(title, style="bold"), title_justify="left")
+    for index, name in enumerate(columns):
+        made.add_column(name, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    return made
+
+
+def errors(parts: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+    """Errors per observable; ``parts`` maps a name such as "in sample" to the metrics of an evaluation."""
+    names = list(dict.fromkeys(name for metrics in parts.values() for name in metrics))
+    rows = []
+    for name in names:
+        for part, metrics in parts.items():
+            if name not in metrics:
+                continue
+            score = metrics[name]
+            shown = [percent(score[key]) for key in ("mape", "max_ape", "bias")]
+            r2 = NONE if score["r2"] is None else f"{score['r2']:.3f}"
+            rows.append((name, part, str(score["rows"]), *shown, r2))
+    columns = ("observable", "on", "rows", "mean error", "worst", "bias", "R2")
+    return table(title, columns, rows, left=2)
+
+
+def parameters(deployment: Mapping[str, Any]) -> Table:
+    """Fitted parameters of one deployment (as in model.json) with unit and meaning."""
+    rows = [
+        (path.removeprefix("step_time."), entry["meaning"], quantity(entry["value"], entry["unit"]))
+        for path, entry in deployment["parameters"].items()
+    ]
+    title = f"{deployment['deployment']}: {deployment['step_time']} step time"
+    return table(title, ("parameter", "meaning", "value"), rows, left=2)
+
+
+def fit_summary(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What `diffspec fit` says: parameters and errors of each deployment."""
+    for deployment in answer["deployments"]:
+        quality = deployment["quality"]
+        yield parameters(deployment)
+        parts = {"fitted rows": quality["metrics"]}
+        holdout = quality.get("holdout")
+        if holdout and holdout["metrics"]:
+            parts["held out"] = holdout["metrics"]
+        title = f"{deployment['deployment']}: errors on {quality['rows']} fitted rows"
+        if holdout:
+            title += f", {holdout['rows']} rows held out ({holdout['expression']})"
+        yield errors(parts, title)
+        compared = {name: form["held_out_error"] for name, form in quality["forms"].items()}
+        if len(compared) > 1:
+            told = ", ".join(f"{name} {percent(value)}" for name, value in compared.items())
+            yield Text(f"step time chosen by cross-validated error: {told}")
+
+
+def evaluation(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What `diffspec evaluate` says."""
+    yield errors(
+        {"given rows": answer["metrics"]}, f"errors on {answer['rows']} rows of {', '.join(answer['deployments'])}"
+    )
+    for reason, count in answer["set_aside"].items():
+        yield Text(f"{count} rows set aside: {reason}")
+    if answer["saturated_rows"]:
+        yield Text(f"{answer['saturated_rows']} rows are predicted to saturate (each counts as an error of 100 %)")
+    if answer["not_predicted"]:
+        yield Text(f"not predicted yet: {', '.join(answer['not_predicted'])}")
+
+
+def check_summary(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What `diffspec check` says: each deployment, then each check."""
+    for entry in answer["deployments"]:
+        rows = [
+            ("rows", f"{entry['rows']}, of which {entry['set_aside']} set aside"),
+            ("arrival rate", span(entry["arrival_rate"], "req/s")),
+            ("concurrency", span(entry["concurrency"], "req")),
+            ("prompt, output length", f"{span(entry['prompt_length'])}, {span(entry['output_length'], 'tok')}"),
+            ("draft lengths", ", ".join(map(str, entry["draft_lengths"])) + f" ({', '.join(entry['methods'])})"),
+            ("tokens per step", span(_rounded(entry["tokens_per_step"]))),
+            ("acceptance", span(_rounded(entry["acceptance"]))),
+            ("means", ", ".join(entry["metrics"]) or NONE),
+        ]
+        yield table(entry["deployment"], ("measured", "range"), rows, left=2)
+    marks = {"ok": "ok", "warning": "WARNING", "unchecked": "-"}
+    rows = [
+        (finding["check"], marks[finding["severity"]], significant(finding["value"]), finding["message"])
+        for finding in answer["findings"]
+    ]
+    yield table("checks", ("check", "result", "value", "what was found"), rows, left=4)
+
+
+def _rounded(values: Sequence[float] | None) -> list[float] | None:
+    return None if values is None else [float(f"{value:.3g}") for value in values]
+
+
+def prediction(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What `diffspec predict` says."""
+    latencies = [
+        ("time to first token (ttft)", milliseconds(answer["ttft"])),
+        ("gap between stream events (itl)", milliseconds(answer["itl"])),
+        ("time per output token (tpot)", milliseconds(answer["tpot"])),
+        ("end-to-end latency (e2e)", milliseconds(answer["e2e_latency"])),
+        ("throughput", quantity(answer["throughput"], "req/s")),
+        ("capacity", quantity(answer["capacity"], "req/s")),
+        ("utilization", percent(answer["utilization"])),
+        ("effective batch size", quantity(answer["effective_batch_size"], "req")),
+        ("tokens per step", quantity(answer["tokens_per_step"], "tok")),
+        ("speedup over no speculation", answer["speedup_reason"] or f"{significant(answer['speedup'])} x"),
+    ]
+    if answer.get("breakeven_rate") is not None:
+        latencies.append(("break-even arrival rate", quantity(answer["breakeven_rate"], "req/s")))
+    title = f"{answer['deployment']}, draft length {answer['draft_length']:g}: {answer['outcome']}"
+    yield table(title, ("mean", "predicted"), latencies)
+    if answer["outcome"] == "saturated":
+        yield Text(f"saturated: {quantity(answer['shortfall'], 'req/s')} more than the capacity is asked for")
+    else:
+        yield decomposition(answer["decomposition"])
+
+
+def decomposition(stages: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """Where the end-to-end latency goes, alone on the server and by load."""
+    keys = ("load_independent", "load_dependent")
+    rows, sums = [], [0.0, 0.0]
+    for stage in STAGES:
+        parts = [stages[stage][key] or 0.0 for key in keys]
+        sums = [total + part for total, part in zip(sums, parts, strict=True)]
+        rows.append((stage, *(milliseconds(part) for part in parts), milliseconds(sum(parts))))
+    rows.append(("sum", *(milliseconds(total) for total in sums), milliseconds(sum(sums))))
+    return table("where the time goes", ("stage", "alone", "added by load", "sum"), rows)
+
+
+def policy(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What `diffspec optimize` says: the policy by load, the schedule by batch size, and engine flags."""
+    names = list(dict.fromkeys(name for entry in answer["policy"] for name in entry["metrics"]))
+    shown = [name for name in names if name in ("ttft_mean", "tpot_mean", "e2e_mean", "throughput")]
+    rows = []
+    for entry in answer["policy"]:
+        low, high = entry["load_from"], entry["load_to"]
+        length = entry["draft_length"]
+        rows.append(
+            (
+                f"{low:g}" if low == high else f"{low:g} to {high:g}",
+                "none will do" if length is None else f"{length:g}",
+                *(metric_value(name, entry["metrics"].get(name)) for name in shown),
+                significant(entry["speedup"]),
+                percent(entry["headroom"]),
+            )
+        )
+    columns = ("load", "draft length", *shown, "speedup", "headroom")
+    yield table(f"draft length by load, smallest {answer['objective']}: {answer['outcome']}", columns, rows)
+    for entry in answer["policy"]:
+        yield from _violations(entry)
+    if answer.get("schedule"):
+        told = "; ".join(f"{first:g} to {last:g}: {length:g}" for first, last, length in answer["schedule"])
+        yield Text(f"draft length by batch size: {told}")
+    for name, flag in (answer.get("flags") or {}).items():
+        if flag:
+            yield Text(f"{name}: {flag}")
+    if answer.get("optimality_gap") is not None:
+        yield Text(f"the relaxation, rounded, is within {percent(answer['optimality_gap'])} of exhaustive search")
+
+
+def _violations(entry: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Which limit no draft length keeps, and by how much the nearest one misses it."""
+    load = f"{entry['load_from']:g} to {entry['load_to']:g}"
+    for limit, missed in (entry.get("violations") or {}).items():
+        if limit == "capacity":
+            told = f"saturated: capacity is {quantity(missed['value'], 'req/s')}"
+        else:
+            metric = limit.split("<")[0].split(">")[0]
+            told = f"{limit} fails: the best is {metric_value(metric, missed['value'])}"
+            if missed["value"]:
+                told += f", off by {percent(abs(missed['value'] / missed['bound'] - 1.0))}"
+        yield Text(f"load {load}: no draft length will do; at load {entry['load_to']:g} {told}")
+
+
+def sensitivities(answer: Mapping[str, Any], most: int = 20) -> Iterator[RenderableType]:
+    """What `diffspec sensitivity` says: elasticities, largest first."""
+    rows = [
+        (row["name"], row["kind"], quantity(row["value"], row["unit"]), f"{row['elasticity'] or 0.0:+.3f}")
+        for row in answer["elasticities"][:most]
+    ]
+    title = f"{answer['metric']} = {metric_value(answer['metric'], answer['value'])} ({answer['outcome']})"
+    yield table(title, ("name", "kind", "now", "elasticity"), rows, left=2)
+    yield Text("elasticity 0.7: 1 % more of it gives 0.7 % more of the metric")
