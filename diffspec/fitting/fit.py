@@ -103,11 +103,11 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, report: Progr
         form = build_form(form_name, scales, defaults.get("experts"))
         objective = build_objective(form, data, targets)
         ones = np.ones((LANES, len(data)))
-        solution = minimise(objective, random_starts(objective.size), ones, progress=lambda s: part(0.6 * s))
+        solution = minimise(objective, random_starts(objective.size), ones, progress=lambda s: part(0.8 * s))
         vector = jnp.asarray(solution.vector[solution.best])
         held_out, by_fold = None, {}
         if folds:
-            held_out, by_fold = held_out_error(objective, folds, targets, lambda s: part(0.6 + 0.4 * s))
+            held_out, by_fold = held_out_error(objective, folds, targets)
         tried[form_name] = {
             "loss": float(solution.loss[solution.best]),
             "gradient": float(solution.gradient[solution.best]),

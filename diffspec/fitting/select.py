@@ -4,9 +4,9 @@ import numpy as np
 
 from diffspec.fitting.objective import Objective, Target
 from diffspec.fitting.observations import Observations
-from diffspec.fitting.solve import refit_without
+from diffspec.fitting.solve import LANES, refit_without
 
-MOST_FOLDS = 8
+MOST_FOLDS = LANES
 IMPROVEMENT = 0.02
 """A form must lower the held-out error by this share to displace a simpler one before it."""
 
@@ -37,9 +37,9 @@ def folds_of(frame, data: Observations) -> dict[str, np.ndarray]:
     return dict(list(usable.items())[:MOST_FOLDS])
 
 
-def held_out_error(objective: Objective, folds: dict[str, np.ndarray], targets: list[Target], progress=None):
+def held_out_error(objective: Objective, folds: dict[str, np.ndarray], targets: list[Target]):
     """Mean |log(predicted/measured)| over held-out rows, in all and by fold."""
-    residuals = refit_without(objective, list(folds.values()), progress)
+    residuals = refit_without(objective, list(folds.values()))
     used = np.stack([target.used for target in targets])
     errors, by_fold = [], {}
     for (name, fold), residual in zip(folds.items(), residuals, strict=True):
