@@ -262,8 +262,10 @@ def test_limits_refuse_what_they_cannot_read(text, message):
         ({"loads": [1.0], "objective": "speed"}, "objective: got 'speed'"),
         ({"loads": [1.0], "max_draft_length": 40}, "whole numbers from 1 to 32"),
         ({"loads": [0.5], "loop": "concurrency"}, "at least 1 req"),
+        ({"loads": [1.0], "prompt_length": -3.0}, "prompt_length: got -3.0"),
+        ({"loads": [1.0], "output_length": math.nan}, "output_length: got nan"),
     ],
 )
 def test_optimize_refuses_bad_questions(deployment, options, message):
     with pytest.raises(InputError, match=message):
-        optimize(deployment, **LENGTHS, **options)
+        optimize(deployment, **(LENGTHS | options))

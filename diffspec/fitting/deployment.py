@@ -204,6 +204,8 @@ class FittedModel:
         try:
             deployments = [FittedDeployment.from_dict(entry) for entry in data["deployments"]]
             model = cls({d.name: d for d in deployments}, data["rows_sha256"], data["versions"])
+        except InputError as error:
+            raise InputError(f"{source}: {error}; fit the trace again with this version of diffspec") from None
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise InputError(f"{source}: damaged model file ({type(error).__name__}: {error}); fit again") from None
         if not deployments:

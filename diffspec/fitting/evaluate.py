@@ -38,7 +38,7 @@ def _predict(serving, blocks: tuple[Block, ...]):
 
 def predict_trace(deployment: FittedDeployment, frame) -> Scored:
     """Predict every row of one deployment's frame, each as the finite run it was."""
-    data = observations(frame, deployment.defaults, deployment.acceptance)
+    data = observations(frame, deployment.acceptance)
     predictions = _predict(deployment.serving, tuple(_with_steady_twins(padded(block)) for block in data.blocks))
     back = np.argsort(data.order)
 

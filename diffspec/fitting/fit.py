@@ -86,7 +86,7 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, report: Progr
     require_rows(frame, name, LEAST_ROWS)
     curve = acceptance_curve(frame)
     defaults = _defaults(frame)
-    data = observations(frame, defaults, curve)
+    data = observations(frame, curve)
     targets = choose_targets(data, observables)
     if not targets:
         raise InputError(f"deployment {name!r}: no row has any of the observables to fit: {', '.join(OBSERVABLES)}")

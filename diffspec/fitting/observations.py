@@ -6,7 +6,6 @@ regressors. Acceptance is an input of the model and is taken from the row itself
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -71,23 +70,24 @@ def padded(block: Block) -> Block:
     return jax.tree.map(lambda leaf: np.asarray(leaf)[rows], block)
 
 
-def observations(frame, references: dict[str, Any] | None = None, curve: MeasuredAcceptance | None = None):
-    """Batch the rows of one deployment. ``references``: parameter counts that drafter_params and verifier_params are
-    scaled to; ``curve``: acceptance to use for speculative rows that carry none.
+def observations(frame, curve: MeasuredAcceptance | None = None) -> Observations:
+    """Batch the rows of one deployment; ``curve``: acceptance to use for speculative rows that carry none.
+
+    Rows of one deployment share one set of costs, whatever parameter counts they name: drafting time follows a
+    drafter's depth more than its size (on our measurements a drafter 2.7 times as large was no slower).
 
     Errors: :class:`TraceError` for a draft longer than 32 tokens or a speculative row without any acceptance.
     """
-    references = references or {}
     open_rows = [i for i in range(len(frame)) if not math.isnan(frame["arrival_rate"].iloc[i])]
     closed_rows = [i for i in range(len(frame)) if i not in set(open_rows)]
-    blocks = tuple(_block(frame, rows, references, curve) for rows in (open_rows, closed_rows) if rows)
+    blocks = tuple(_block(frame, rows, curve) for rows in (open_rows, closed_rows) if rows)
     order = open_rows + closed_rows
     names = [name for name in frame.columns if name.startswith(("ttft_", "itl_", "tpot_", "e2e_"))] + ["throughput"]
     observed = {name: frame[name].to_numpy(dtype=float)[order] for name in names if frame[name].notna().any()}
     return Observations(blocks, observed, tuple(order))
 
 
-def _block(frame, rows, references, curve) -> Block:
+def _block(frame, rows, curve) -> Block:
     def column(name, missing):
         values = frame[name].to_numpy(dtype=float)[rows]
         return np.where(np.isnan(values), missing, values)
@@ -114,8 +114,6 @@ def _block(frame, rows, references, curve) -> Block:
         max_batch_size=column("max_batch_size", UNCAPPED),
         kv_capacity_tokens=column("kv_capacity_tokens", UNCAPPED * 1e6),
         draft_probability=probability,
-        verifier_scale=_scale(column("verifier_params", np.nan), references.get("verifier_params")),
-        drafter_scale=_scale(column("drafter_params", np.nan), references.get("drafter_params")),
     )
     return Block(workload, config)
 
@@ -124,12 +122,6 @@ def _block(frame, rows, references, curve) -> Block:
 @jax.vmap
 def _moments(rates, length, probability):
     return PositionAcceptance(rates).moments(length, probability)
-
-
-def _scale(params, reference):
-    if reference is None or math.isnan(reference):
-        return np.ones_like(params)
-    return np.where(np.isnan(params), 1.0, params / reference)
 
 
 def row_acceptance(frame, row: int, curve: MeasuredAcceptance | None) -> np.ndarray:

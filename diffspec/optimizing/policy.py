@@ -19,7 +19,7 @@ from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_length
 from diffspec.optimizing.schedule import LONGEST_SCHEDULE, batch_schedule, residence_under_schedule
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import Configuration, ServingModel
-from diffspec.workload import Workload, batched
+from diffspec.workload import Workload, batched, check_range
 
 LOOPS = ("arrival_rate", "concurrency")
 OPTIMALITY_TOLERANCE = 1e-9
@@ -69,6 +69,8 @@ def optimize(
     check_objective(objective)
     limits = tuple(parse_limit(text) for text in slo)
     _check(loads, loop, max_draft_length)
+    check_range("prompt_length", float(prompt_length), 0, 1e8, low_open=True, unit="tok")
+    check_range("output_length", float(output_length), 1, 1e8, low_open=False, unit="tok")
     report = progress or (lambda what, share: None)
     serving = jax.tree.map(np.asarray, deployment.serving)
     config = deployment.configuration(

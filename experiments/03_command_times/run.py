@@ -22,7 +22,7 @@ LATENCIES = ("ttft_mean", "itl_mean", "tpot_mean", "e2e_mean")
 
 
 def synthetic_trace(path: Path, rows: int = 200) -> Path:
-    """The packaged rows, repeated to ``rows`` with 2 % log-normal noise: a trace of that size, nothing to learn from."""
+    """The packaged rows, repeated to ``rows`` with 2 % log-normal noise: a size, nothing to learn from."""
     source = list(csv.DictReader(TRACE.open(newline="")))
     left_out = ("effective_batch_size", "throughput", "run")
     names = [name for name in source[0] if not name.endswith(("_p50", "_p90", "_p99")) and name not in left_out]
