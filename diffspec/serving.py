@@ -123,7 +123,8 @@ class ServingModel(eqx.Module):
     """Latency model of one deployment; :meth:`predict` is the main verb. Differentiable and batchable by `jax.vmap`.
 
     Beside the step time it holds what a request costs outside decode steps. ``self_share`` = 1: a request sees the
-    time-average batch plus itself; 0 reproduces the published forms, as ``steps_form="published"`` does for steps.
+    time-average batch plus itself; 0 reproduces the published forms, as ``steps_form="published"`` does for steps (set
+    ``first_token_steps`` to 0 with it: a request that does not see itself makes that term break the scale bound).
 
     >>> from diffspec.step_time import AffineStepTime
     >>> model = ServingModel(AffineStepTime(verify_base=0.02, verify_query=0.001, prefill_token=1e-4))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,13 @@ def fitted(tmp_path_factory):
         )
     assert ran.code == 0, ran.err
     return folder, json.loads(ran.out), ran.err
+
+
+def documented_keys(command: str) -> list[str]:
+    """Top-level JSON keys that README promises for a command."""
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{command}` | `")]
+    return re.findall(r"`(\w+)`", row.split("|")[2])
 
 
 def answer_of(*arguments) -> dict:
@@ -345,3 +353,18 @@ def test_sensitivity_is_the_slope_of_predict(model):
 def test_sensitivity_in_words(model):
     ran = run("sensitivity", model, *LOAD, "--draft-length", "2", "--metric", "ttft_mean")
     assert ran.code == 0 and "ttft_mean =" in ran.out and "elasticity" in ran.out
+
+
+def test_readme_names_every_json_key(fitted, model):
+    folder, fit_answer, _ = fitted
+    speculative = (*LOAD, "--draft-length", "4")
+    answers = {
+        "fit": fit_answer,
+        "check": answer_of("check", TRACE),
+        "evaluate": answer_of("evaluate", folder / "model.json", TRACE),
+        "predict": answer_of("predict", model, *speculative),
+        "optimize": answer_of("optimize", model, *LOAD, "--max-draft-length", "2"),
+        "sensitivity": answer_of("sensitivity", model, *speculative),
+    }
+    for command, answer in answers.items():
+        assert sorted(documented_keys(command)) == sorted(answer), command

@@ -384,3 +384,25 @@ def test_jit_and_vmap_over_workloads():
     assert np.all(np.asarray(together.result == RESULTS.successful))
     for name in METRICS:
         assert_close(getattr(together, name)[1], getattr(one, name), rtol=1e-13, atol=1e-15)
+
+
+def test_single_precision_finds_the_same_equilibrium():
+    """Without x64 the tolerance follows the precision: successful, and within 1e-4 of double precision."""
+    model = ServingModel(
+        RooflineStepTime(weight_read=6e-3, token_compute=4e-5, kv_read=6e-8, prefill_token=2e-5),
+    )
+
+    def predict():
+        config = Configuration(4.0, ConstantAcceptance(0.8), max_batch_size=128.0)
+        return jax.vmap(lambda rate: model.predict(Workload(500.0, 200.0, arrival_rate=rate), config))(
+            jnp.asarray([0.5, 5.0, 10.0])
+        )
+
+    double = predict()
+    with jax.enable_x64(False):
+        single = predict()
+        assert single.e2e_latency.dtype == jnp.float32
+        outcomes = names(single.result, 3)
+        latencies = np.asarray(single.e2e_latency, dtype=float)
+    assert outcomes == names(double.result, 3) == ["successful"] * 3
+    assert_close(latencies, double.e2e_latency, rtol=1e-4)
