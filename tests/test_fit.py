@@ -219,11 +219,14 @@ def test_curve_is_the_mean_conditional_acceptance_of_the_rows(quiet):
 
 def test_folds_leave_draft_lengths_and_loads_out(quiet):
     data = observations(quiet.frame)
-    folds = folds_of(quiet.frame, data)
+    targets = choose_targets(data)
+    folds = folds_of(quiet.frame, data, targets)
     assert set(folds) == {"low load", "middle load", "high load", "draft_length 2", "draft_length 4"}
     lengths = quiet.frame["draft_length"].to_numpy()[list(data.order)]
     np.testing.assert_array_equal(folds["draft_length 2"], lengths == 2)
     assert np.all(folds["low load"].astype(int) + folds["middle load"] + folds["high load"] == 1)
+    blank = [t._replace(used=t.used & (lengths != 2)) for t in targets]  # a fold without a measured row is no fold
+    assert "draft_length 2" not in folds_of(quiet.frame, data, blank)
 
 
 def test_the_simpler_form_stays_unless_clearly_beaten():

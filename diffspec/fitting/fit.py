@@ -94,7 +94,7 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, report: Progr
     tried: dict[str, dict[str, Any]] = {}
     solutions = {}
     names = candidate_forms(step_time, "experts" in defaults)
-    folds = folds_of(frame, data) if len(names) > 1 else {}
+    folds = folds_of(frame, data, targets) if len(names) > 1 else {}
     for index, form_name in enumerate(names):
 
         def part(share, base=index, label=f"{name}: {form_name}"):

@@ -11,7 +11,7 @@ IMPROVEMENT = 0.02
 """A form must lower the held-out error by this share to displace a simpler one before it."""
 
 
-def folds_of(frame, data: Observations) -> dict[str, np.ndarray]:
+def folds_of(frame, data: Observations, targets: list[Target]) -> dict[str, np.ndarray]:
     """Held-out row sets by name (True = held out, in block order): each of the draft lengths > 0 (when there are at
     least two), the lower, middle and upper third of the loads, and each (prompt, output) shape when several."""
     order = list(data.order)
@@ -33,7 +33,8 @@ def folds_of(frame, data: Observations) -> dict[str, np.ndarray]:
     distinct = sorted(set(shapes))
     if 1 < len(distinct) <= 4:
         folds |= {f"lengths {p:g}+{o:g}": np.asarray([shape == (p, o) for shape in shapes]) for p, o in distinct}
-    usable = {name: fold for name, fold in folds.items() if 0 < fold.sum() <= 0.7 * len(order)}
+    used = np.any([target.used for target in targets], axis=0)
+    usable = {name: fold for name, fold in folds.items() if 0 < (fold & used).sum() <= 0.7 * used.sum()}
     return dict(list(usable.items())[:MOST_FOLDS])
 
 
