@@ -99,8 +99,8 @@ class Prediction(eqx.Module):
 class Comparison(eqx.Module):
     """A configuration beside the same server without speculation.
 
-    ``speedup`` [1] = e2e_latency of ``plain`` over that of ``speculative``; ``breakeven_rate`` [req/s]: the rate above
-    which speculation is slower (0: always slower; the smaller capacity: never slower below it).
+    ``speedup`` [1] = e2e_latency of ``plain`` over that of ``speculative``; ``breakeven_rate`` [req/s]: the smallest
+    arrival rate at which both are equally fast, infinite where the order never changes.
     """
 
     speculative: Prediction
@@ -198,39 +198,46 @@ class ServingModel(eqx.Module):
         return jax.tree.map(lambda leaf: leaf[0], both), jax.tree.map(lambda leaf: leaf[1], both)
 
     def breakeven_rate(self, workload: Workload, config: Configuration):
-        """Arrival rate [req/s] at which ``config`` and no speculation are equally fast, in an open loop.
+        """Smallest arrival rate [req/s] at which ``config`` and no speculation are equally fast, in an open loop.
 
-        0 when speculation is slower even on an idle server, the smaller of both capacities when it is faster at every
-        sustainable rate. For affine residence without self share it is r*/C2_plain, r* = (1-C1R)/(C2R-C1R).
-        Bisection on log(e2e_latency) to 1e-12 of capacity; derivatives are not defined (use speedup's).
+        Infinite when the order never changes below the smaller of both capacities: then the sign at any load tells it.
+        Speculation may lose at low load and win at high load as well as the other way round (long contexts), so the
+        order is scanned at 64 rates and the first change is refined by bisection to 1e-10 of capacity. For affine
+        residence without self share it is r*/C2_plain, r* = (1-C1R)/(C2R-C1R). No derivative: use speedup's.
         """
 
-        def bisect(iteration, carry):
-            low, high, limit, never = carry
-            first = iteration == 0
-            rate = jnp.where(first, 1e-9, 0.5 * (low + high))
-            fast, slow = self._both_arms(
-                Workload(
-                    prompt_length=workload.prompt_length,
-                    output_length=workload.output_length,
-                    arrival_rate=rate,
-                    arrival_scv=workload.arrival_scv,
-                    output_scv=workload.output_scv,
-                ),
-                config,
+        def arms(rate):
+            load = Workload(
+                prompt_length=workload.prompt_length,
+                output_length=workload.output_length,
+                arrival_rate=rate,
+                arrival_scv=workload.arrival_scv,
+                output_scv=workload.output_scv,
             )
-            gain = fast.e2e_latency < slow.e2e_latency
-            limit = jnp.where(first, jnp.minimum(fast.capacity, slow.capacity), limit)
+            fast, slow = self._both_arms(load, config)
+            return jnp.log(fast.e2e_latency / slow.e2e_latency), jnp.minimum(fast.capacity, slow.capacity)
+
+        lanes = 64
+        whole = jnp.linspace(0.0, 1.0, lanes)
+        below_capacity = jnp.concatenate([jnp.full(1, 1e-6), jnp.linspace(0.0, 0.998, lanes)[1:]])
+
+        def narrow(iteration, carry):  # the first pass scans up to capacity, each later one a bracket 63 times smaller
+            low, high, crossing = carry
+            rates = low + jnp.where(iteration == 1, below_capacity, whole) * (high - low)
+            gap, limits = jax.vmap(arms)(jnp.where(iteration == 0, 1e-9, rates))
+            changed = jnp.append(jnp.sign(gap[1:]) != jnp.sign(gap[:-1]), False)
+            index = jnp.argmax(changed)
+            following = jnp.minimum(index + 1, lanes - 1)
+            scan = iteration > 0
             return (
-                jnp.where(first | ~gain, low, rate),
-                jnp.where(first, limit, jnp.where(gain, high, rate)),
-                limit,
-                jnp.where(first, ~gain, never),
+                jnp.where(scan & changed.any(), rates[index], low),
+                jnp.where(scan, jnp.where(changed.any(), rates[following], high), limits[0]),
+                jnp.where(iteration == 1, changed.any(), crossing),
             )
 
         zero = jnp.zeros((), dtype=jnp.result_type(float))
-        low, _, limit, never = jax.lax.fori_loop(0, 42, bisect, (zero, zero, zero, jnp.zeros((), dtype=bool)))
-        return jax.lax.stop_gradient(jnp.where(never, 0.0, jnp.where(low >= limit * (1 - 1e-9), limit, low)))
+        low, high, crossing = jax.lax.fori_loop(0, 8, narrow, (zero, zero, jnp.zeros((), dtype=bool)))
+        return jax.lax.stop_gradient(jnp.where(crossing, 0.5 * (low + high), jnp.inf))
 
     def residence_time(self, workload: Workload, config: Configuration, batch_seen: Scalar):
         """Time in service [s] of a request that sees ``batch_seen`` requests, itself included: the function whose

@@ -66,7 +66,28 @@ def test_prediction_answer_is_plain_and_complete(deployment):
     total = sum(part for stage in STAGES for part in answer["decomposition"][stage].values())
     assert_close(total, answer["e2e_latency"], rtol=1e-9)
     assert_close(answer["speedup"], answer["plain"]["e2e_latency"] / answer["e2e_latency"], rtol=1e-12)
-    assert answer["warnings"] == []
+    (mixed,) = answer["warnings"]  # the trace imposes 0.6 at draft length 2 and 0.9 at 4
+    assert "0.60 at draft length 2, 0.90 at draft length 4" in mixed
+    own = deployment.configuration(4, acceptance=ConstantAcceptance(0.9))
+    assert predict_answer(deployment, Workload(**LENGTHS, arrival_rate=3.0), own)["warnings"] == []
+
+
+def test_a_batch_near_its_cap_is_told(deployment):
+    load = Workload(**LENGTHS, arrival_rate=1.2)
+    config = deployment.configuration(4, acceptance=ConstantAcceptance(0.9), max_batch_size=1)
+    answer = predict_answer(deployment, load, config)
+    assert answer["outcome"] == "successful" and any("queue for a place" in note for note in answer["warnings"])
+    policy = optimize(deployment, loads=[1.2], **LENGTHS, max_batch_size=1, acceptance=ConstantAcceptance(0.9))
+    assert any(note.startswith("at 1.2 req/s the batch is near its cap") for note in policy["warnings"])
+
+
+def test_without_plain_rows_no_speedup_and_no_zero(deployment):
+    blind = fit(read_trace(QUIET).where("draft_length > 0"), step_time="affine").deployment()
+    answer = optimize(blind, loads=[1.0, 4.0], **LENGTHS, max_draft_length=4, acceptance=ConstantAcceptance(0.1))
+    assert [entry["speedup"] for entry in answer["table"]] == [None, None]
+    assert all(entry["draft_length"] != 0 for entry in answer["table"])
+    with pytest.raises(InputError, match="equals arrival_rate"):
+        optimize(deployment, loads=[1.0], **LENGTHS, objective="throughput")
 
 
 def test_breakeven_is_where_both_arms_take_equally_long(deployment, metrics_of):
@@ -77,8 +98,8 @@ def test_breakeven_is_where_both_arms_take_equally_long(deployment, metrics_of):
     grid = np.linspace(0.01, 0.99 * capacity, 60)
     gaps = [gap(rate) for rate in grid]
     crossings = np.flatnonzero(np.sign(gaps[:-1]) != np.sign(gaps[1:]))
-    if gaps[0] >= 0:
-        assert answer["breakeven_rate"] == 0.0
+    if not crossings.size:
+        assert answer["breakeven_rate"] is None and "at every arrival rate" in answer["breakeven_reason"]
     else:
         expected = brentq(gap, grid[crossings[0]], grid[crossings[0] + 1], xtol=1e-12)
         assert_close(answer["breakeven_rate"], expected, rtol=1e-8)

@@ -217,6 +217,30 @@ def test_curve_is_the_mean_conditional_acceptance_of_the_rows(quiet):
     assert_close(curve.curves[1][:4], np.average(rates, axis=0, weights=weights), rtol=1e-12)
 
 
+def test_one_token_outputs_have_no_gap_to_fit(quiet, tmp_path):
+    """A row of one output token that carries itl all the same must not stop a fit: the model predicts no gap there."""
+    frame = quiet.frame.copy()
+    frame.loc[0, "output_length"] = 1.0
+    data = observations(frame)
+    position = list(data.order).index(0)
+    assert np.isnan(data.observed["itl_mean"][position]) and np.isnan(data.observed["tpot_mean"][position])
+    assert np.isfinite(data.observed["ttft_mean"][position])
+
+
+def test_a_poor_fit_and_a_damaged_parameter_are_told(quiet_model, tmp_path):
+    rows = [
+        {"deployment": "d", "concurrency": n, "draft_length": 0, "method": "none", "prompt_length": 64}
+        | {"output_length": 64, "e2e_mean": e2e}
+        for n, e2e in ((1, 9.0), (2, 0.5), (4, 7.0), (8, 0.4), (16, 6.0))
+    ]
+    model = fit(trace_of(rows, tmp_path / "nonsense.csv"), step_time="affine")
+    assert any("poor fit" in note for note in model.deployment().warnings)
+    data = json.loads(quiet_model.to_json())
+    data["deployments"][0]["parameters"]["request_overhead"]["value"] = -5.0
+    with pytest.raises(InputError, match=r"parameter request_overhead: got -5.0; allowed: 0 to inf s"):
+        FittedModel.from_json(json.dumps(data))
+
+
 def test_folds_leave_draft_lengths_and_loads_out(quiet):
     data = observations(quiet.frame)
     targets = choose_targets(data)

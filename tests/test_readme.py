@@ -130,5 +130,5 @@ def test_a_wrong_document_fails(folder, text, told):
 
 def test_a_right_document_passes(folder):
     text = GOOD.replace("diffspec check other.csv && ", "") + "```python\nfrom diffspec import read_trace\n"
-    text += "assert len(read_trace('trace.csv')) == 3\n```\n"
+    text += "assert len(read_trace('trace.csv')) == 4\n```\n"
     assert run_document(text) == (3, 1)

@@ -101,12 +101,37 @@ def test_breakeven_is_the_published_one(k, alpha):
 
 
 def test_breakeven_at_its_ends():
-    assert float(compare(COSTS, 5.0, 4.0, 0.01).breakeven_rate) == 0.0  # slower even alone
+    never = compare(COSTS, 5.0, 4.0, 0.01)  # slower at every rate that both sustain
+    assert np.isinf(never.breakeven_rate) and never.speedup < 1.0
     cheap = np.where(np.arange(7) == 3, 1e-5, COSTS)
     always = compare(cheap, 5.0, 4.0, 0.98)  # faster at every rate that both sustain
-    slow = equation3(cheap).loop(OUTPUT, 0.0, 0)
     assert always.speculative.capacity > always.plain.capacity
-    assert_close(always.breakeven_rate, slow.capacity, rtol=1e-12)
+    assert np.isinf(always.breakeven_rate) and always.speedup > 1.0
+
+
+def test_breakeven_where_speculation_starts_to_pay_under_load():
+    """Long contexts (MagicDec, arXiv 2408.11049): slower alone, faster in a batch: a draft shares the KV reads."""
+    model = ServingModel(
+        RooflineStepTime(
+            weight_read=6e-3, token_compute=1e-5, kv_read=6e-8, sharpness=1.0, draft=DraftCost(pass_base=3.5e-3)
+        )
+    )
+    config = Configuration(2.0, ConstantAcceptance(0.5))
+
+    @jax.jit
+    @jax.vmap
+    def compared(rate):
+        comparison = model.compare(Workload(32000.0, 400.0, arrival_rate=rate), config)
+        limit = jnp.minimum(comparison.speculative.capacity, comparison.plain.capacity)
+        return comparison.speedup, comparison.breakeven_rate, limit
+
+    limit = float(compared(jnp.full(40, 1e-6))[2][0])
+    rates = np.linspace(0.01, 0.95, 40) * limit
+    values, breakeven, _ = (np.asarray(part) for part in compared(jnp.asarray(rates)))
+    assert values[0] < 1.0 < values[-1]
+    at = np.flatnonzero(np.diff(np.sign(values - 1.0)))[0]
+    expected = brentq(lambda rate: float(compared(jnp.full(40, rate))[0][0]) - 1.0, rates[at], rates[at + 1])
+    assert_close(breakeven, expected, rtol=1e-8)
 
 
 def equation4(share):

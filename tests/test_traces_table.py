@@ -106,12 +106,12 @@ def test_an_unknown_public_name_is_an_attribute_error():
     assert all(hasattr(traces, name) for name in traces.__all__)
 
 
-def test_the_template_is_valid_and_has_the_three_kinds_of_row(write):
+def test_the_template_is_valid_and_has_open_and_closed_rows_of_both_kinds(write):
     trace = read_trace(write(template()))
     assert trace.warnings == []
-    assert trace.frame["draft_length"].tolist() == [0, 4, 4]
-    assert trace.frame["concurrency"].notna().tolist() == [False, False, True]
-    assert trace.frame["arrival_rate"].notna().tolist() == [True, True, False]
+    assert trace.frame["draft_length"].tolist() == [0, 4, 0, 4]
+    assert trace.frame["concurrency"].notna().tolist() == [False, False, True, True]
+    assert trace.frame["arrival_rate"].notna().tolist() == [True, True, False, False]
 
 
 def test_the_canonical_frame(read):

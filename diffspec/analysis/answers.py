@@ -9,7 +9,7 @@ import numpy as np
 
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.results import outcome_name
-from diffspec.serving import STAGES, Comparison, Configuration, Prediction, ServingModel
+from diffspec.serving import STAGES, Comparison, Configuration, Prediction, ServingModel, batch_cap
 from diffspec.workload import Workload
 
 METRICS = {
@@ -72,7 +72,8 @@ def predict_answer(deployment: FittedDeployment, workload: Workload, config: Con
 
     Returns the fields of :class:`diffspec.serving.Prediction` as plain numbers (None where there is none: latencies at
     saturation, an unbounded capacity), ``speedup`` and ``breakeven_rate`` with ``speedup_reason`` where they are None,
-    ``plain`` (outcome, e2e_latency and capacity without speculation) and ``warnings``.
+    ``breakeven_reason`` where there is no break-even rate, ``plain`` (outcome, latencies and capacity without
+    speculation) and ``warnings``.
     """
     workload, config = (jax.tree.map(np.asarray, part) for part in (workload, config))
     comparison = _compare(deployment.serving, workload, config)
@@ -87,7 +88,14 @@ def predict_answer(deployment: FittedDeployment, workload: Workload, config: Con
         reason = "saturated with speculation" + (" and without" if plain["outcome"] == "saturated" else "")
     elif plain["outcome"] == "saturated":
         reason = "saturated without speculation: speculation serves a load that plain decoding cannot"
-    breakeven_known = deployment.plain_measured and config.acceptance is not None and float(config.draft_length) > 0
+    speculative = config.acceptance is not None and float(config.draft_length) > 0
+    breakeven = finite(comparison.breakeven_rate) if speculative and deployment.plain_measured else None
+    breakeven_reason = None
+    if breakeven is None:
+        wins = float(comparison.speedup) > 1.0
+        breakeven_reason = (
+            reason if not (speculative and deployment.plain_measured) else None
+        ) or f"speculation is {'faster' if wins else 'slower'} at every arrival rate that both servers sustain"
     fields = {
         name: float(value)
         for name in ("arrival_rate", "concurrency", "prompt_length", "output_length")
@@ -96,9 +104,41 @@ def predict_answer(deployment: FittedDeployment, workload: Workload, config: Con
     return answer | {
         "speedup": finite(comparison.speedup) if reason is None else None,
         "speedup_reason": reason,
-        "breakeven_rate": finite(comparison.breakeven_rate) if breakeven_known else None,
+        "breakeven_rate": breakeven,
+        "breakeven_reason": breakeven_reason,
         "plain": {name: plain[name] for name in ("outcome", "e2e_latency", "ttft", "tpot", "capacity")},
         "deployment": deployment.name,
         "draft_length": float(config.draft_length),
-        "warnings": deployment.caveats(float(config.draft_length), fields),
+        "warnings": [
+            *deployment.caveats(float(config.draft_length), fields),
+            *configuration_notes(deployment, config),
+            *([QUEUEING] if near_the_cap(workload, config, comparison.speculative) else []),
+        ],
     }
+
+
+QUEUEING = (
+    "the batch is near its cap: requests would queue for a place, which is not modelled in open loops; "
+    "ttft and e2e_latency are lower bounds"
+)
+
+
+def near_the_cap(workload: Workload, config: Configuration, prediction: Prediction) -> bool:
+    """True in an open loop whose batch, two standard deviations up (Poisson: variance = mean), reaches its cap."""
+    cap = batch_cap(workload, config)
+    batch = float(prediction.effective_batch_size)
+    return workload.is_open and cap is not None and batch + 2.0 * batch**0.5 >= float(cap)
+
+
+def configuration_notes(deployment: FittedDeployment, config: Configuration) -> list[str]:
+    """What a configuration assumes that was not measured: a drafter of another size, a mixed acceptance curve."""
+    notes = []
+    if float(config.drafter_scale) != 1.0:
+        notes.append(
+            f"drafting times are scaled by {float(config.drafter_scale):.3g}, as published within a model family; "
+            "acceptance is left as it is, though a drafter of another size has another one"
+        )
+    if float(config.draft_length) > 0 and config.acceptance is not None and deployment.mixed_acceptance:
+        same = jax.tree.structure(config.acceptance) == jax.tree.structure(deployment.acceptance)
+        notes += [deployment.mixed_acceptance] if same else []
+    return notes

@@ -14,7 +14,7 @@ TRACE = "vllm_cpu_quiet.csv"
 HOLDOUT = "arrival_rate==3 or concurrency==8"
 STEP_TIME = "auto"
 ACCEPTANCE = 0.75
-LONGEST = 6
+LONGEST = 4
 LIMIT = "ttft_mean<0.5"
 
 
@@ -52,6 +52,7 @@ def command(
         progress("3/3 policy and figures", 0.85)
         policy = _policy(whole.deployment())
         pictures = _figures(held.deployment(), whole.deployment(), trace, policy)
+    note(policy["warnings"], "warning")
     files: dict[Path, str | bytes] = {out / "model.json": whole.to_json()}
     files |= {out / f"{name}.png": figures.png(figure) for name, figure in pictures.items()}
     answer = {
@@ -87,7 +88,7 @@ def _policy(deployment) -> dict[str, Any]:
 
     return optimize(
         deployment,
-        loads=[0.5 * step for step in range(1, 13)],
+        loads=[0.5 * step for step in range(1, 9)],
         loop="arrival_rate",
         prompt_length=64.0,
         output_length=64.0,

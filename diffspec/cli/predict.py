@@ -26,5 +26,5 @@ def command(
     note(notes)
     note(answer["warnings"], "warning")
     deliver(answer, tables.prediction, as_json=as_json, out=out, inputs=(model,))
-    if answer["outcome"] == "saturated":
+    if answer["outcome"] in ("saturated", "unconverged"):
         raise typer.Exit(1)

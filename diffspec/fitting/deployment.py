@@ -17,6 +17,7 @@ from diffspec.serving import Configuration, ServingModel
 
 SCHEMA = "diffspec-model"
 SCHEMA_VERSION = 1
+MIXED_ACCEPTANCE = 0.15
 UNITS = {"time": "s", "rate": "req/s", "length": "tok"}
 
 
@@ -43,6 +44,22 @@ class FittedDeployment:
     def plain_measured(self) -> bool:
         """True when rows without speculation were fitted, so that a speedup means something."""
         return 0 in self.measured["draft_lengths"]
+
+    @property
+    def mixed_acceptance(self) -> str:
+        """A sentence when first-position acceptance differs by over MIXED_ACCEPTANCE between draft lengths, else
+        empty: such curves come from different drafters or tasks, and blending them answers no real question."""
+        if self.acceptance is None:
+            return ""
+        first = {
+            k: float(curve[0]) for k, curve in zip(self.acceptance.draft_lengths, self.acceptance.curves, strict=True)
+        }
+        if max(first.values()) - min(first.values()) <= MIXED_ACCEPTANCE:
+            return ""
+        told = ", ".join(f"{rate:.2f} at draft length {k}" for k, rate in first.items())
+        return (
+            f"measured acceptance differs between draft lengths ({told}) and is blended: give an acceptance of your own"
+        )
 
     def configuration(
         self,
@@ -135,6 +152,10 @@ class FittedDeployment:
         template = build_form(form, Scales(0.02, 0.1, 100.0, 100.0), tuple(experts) if experts else None).template
         values = {path: np.asarray(float(entry["value"])) for path, entry in data["parameters"].items()}
         known = parameter_infos(template)
+        for path, info in known.items():
+            value = float(values.get(path, np.nan))
+            if path in values and not (np.isfinite(value) and info.low <= value <= info.high):
+                raise InputError(f"parameter {path}: got {value!r}; allowed: {info.low:g} to {info.high:g} {info.unit}")
         if set(values) != set(known):
             raise InputError(f"parameters: got {sorted(values)}; allowed: exactly {sorted(known)}")
         curves = data["acceptance"]

@@ -22,6 +22,8 @@ from diffspec.workload import check_range
 
 STEP_TIMES = ("auto", "affine", "roofline")
 LEAST_ROWS = 4
+POOR_FIT = 0.3
+"""Mean error on fitted rows above which a fit is called poor."""
 OBSERVABLES = ("ttft", "itl", "tpot", "e2e", "throughput")
 
 Progress = Callable[[str, float], None]
@@ -64,6 +66,7 @@ def fit(
     for name, frame in trace.frame.groupby("deployment", sort=False):
         apart = held_out[frame.index.to_numpy()]
         deployment = _fit_deployment(str(name), frame[~apart], step_time, observables, all_rows, report)
+        deployment.warnings.extend(trace.warnings)
         if apart.any():
             scores = _score(deployment, frame[apart], all_rows)
             deployment.quality["holdout"] = {"expression": holdout, "rows": int(apart.sum()), "metrics": scores}
@@ -104,6 +107,10 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, report: Progr
         objective = build_objective(form, data, targets)
         ones = np.ones((LANES, len(data)))
         solution = minimise(objective, random_starts(objective.size), ones, progress=lambda s: part(0.8 * s))
+        if not np.isfinite(solution.loss[solution.best]):
+            raise InputError(
+                f"deployment {name!r}: no finite fit of {form_name} exists; check the rows with 'diffspec check'"
+            )
         vector = jnp.asarray(solution.vector[solution.best])
         held_out, by_fold = None, {}
         if folds:
@@ -136,7 +143,13 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, report: Progr
         },
         warnings=_warnings(frame, targets, counted),
     )
-    deployment.quality["metrics"] = summarise([predict_trace(deployment, frame)])
+    metrics = summarise([predict_trace(deployment, frame)])
+    deployment.quality["metrics"] = metrics
+    poor = [f"{column} {entry['mape']:.0%}" for column, entry in metrics.items() if entry["mape"] > POOR_FIT]
+    if poor:
+        deployment.warnings.append(f"poor fit, do not rely on it: mean error of {', '.join(poor)} on the fitted rows")
+    if deployment.mixed_acceptance:
+        deployment.warnings.append(deployment.mixed_acceptance)
     return deployment
 
 

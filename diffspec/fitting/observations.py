@@ -84,6 +84,10 @@ def observations(frame, curve: MeasuredAcceptance | None = None) -> Observations
     order = open_rows + closed_rows
     names = [name for name in frame.columns if name.startswith(("ttft_", "itl_", "tpot_", "e2e_"))] + ["throughput"]
     observed = {name: frame[name].to_numpy(dtype=float)[order] for name in names if frame[name].notna().any()}
+    single = frame["output_length"].to_numpy(dtype=float)[order] <= 1.0  # one token: no gap between tokens to predict
+    for name, values in observed.items():
+        if name.startswith(("itl_", "tpot_")):
+            observed[name] = np.where(single, np.nan, values)
     return Observations(blocks, observed, tuple(order))
 
 

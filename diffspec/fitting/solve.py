@@ -58,7 +58,7 @@ def _directions(gradients, state, vectors):
 
 
 def minimise(
-    objective: Objective, starts, weights, max_iterations: int = 400, progress: Callable[[float], None] | None = None
+    objective: Objective, starts, weights, max_iterations: int = 300, progress: Callable[[float], None] | None = None
 ) -> Solution:
     """Minimise from each start (at most LANES) under its own row weights; ``progress`` gets the share done."""
     count = len(starts)
@@ -126,7 +126,7 @@ def refit_without(objective: Objective, folds: Sequence[np.ndarray]) -> list[np.
     from the prior centre and from one draw: a poor local minimum must not decide between forms."""
     weights = [(~fold).astype(float) for fold in folds]
     tries = [
-        minimise(objective, np.tile(start, (len(folds), 1)), weights, 200)
+        minimise(objective, np.tile(start, (len(folds), 1)), weights, 150)
         for start in random_starts(objective.size, 2, seed=1)
     ]
     better = tries[1].loss < tries[0].loss

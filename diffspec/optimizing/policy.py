@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractAcceptance
-from diffspec.analysis.answers import FAST_COMPILE, METRICS, finite
+from diffspec.analysis.answers import FAST_COMPILE, METRICS, QUEUEING, finite
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.optimizing.flags import vllm_flags
 from diffspec.optimizing.limits import Limit, check_objective, parse_limit
 from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
 from diffspec.optimizing.schedule import LONGEST_SCHEDULE, batch_schedule, residence_under_schedule
 from diffspec.results import RESULTS, InputError
-from diffspec.serving import Configuration, ServingModel
+from diffspec.serving import Configuration, ServingModel, batch_cap
 from diffspec.workload import Workload, batched, check_range
 
 LOOPS = ("arrival_rate", "concurrency")
@@ -67,6 +67,11 @@ def optimize(
     Errors: :class:`InputError` for unknown metrics, loads that do not increase, or ranges.
     """
     check_objective(objective)
+    if objective == "throughput" and loop == "arrival_rate":
+        raise InputError(
+            "objective: got 'throughput' in an open loop, where it equals arrival_rate whatever the draft length; "
+            "allowed: a latency, or a closed loop (concurrency)"
+        )
     limits = tuple(parse_limit(text) for text in slo)
     _check(loads, loop, max_draft_length)
     check_range("prompt_length", float(prompt_length), 0, 1e8, low_open=True, unit="tok")
@@ -88,6 +93,9 @@ def optimize(
     )
     report("every draft length", 0.1)
     metrics, saturated = jax.tree.map(np.asarray, _exhaustive(max_draft_length, serving, workloads, config))
+    plain_known = deployment.plain_measured
+    if not plain_known:  # what a server without its drafter would do was not measured: no candidate
+        saturated = saturated | (np.arange(max_draft_length + 1) == 0)
     report("relaxed draft length", 0.4)
     starts = jnp.asarray(np.unique([1.0, math.sqrt(max_draft_length), float(max_draft_length)]))
     relaxed = np.asarray(relaxed_draft_lengths(objective, limits, max_draft_length, serving, workloads, config, starts))
@@ -126,14 +134,18 @@ def optimize(
             {
                 "load": entry["load"],
                 "e2e_schedule": residence_under_schedule(residence, entry["load"], loop),
-                "e2e_best_static": entry["metrics"]["e2e_mean"] if entry["feasible"] else None,
+                "e2e_static": None
+                if static is None or saturated[i][static]
+                else finite(metrics["e2e_mean"][i][static]),
+                "e2e_policy": entry["metrics"]["e2e_mean"] if entry["feasible"] else None,
             }
-            for entry in table
+            for i, entry in enumerate(table)
         ],
-        "flags": vllm_flags(static or 0, schedule, method, drafter),
+        "flags": vllm_flags(static or 0, schedule if feasible else [[1, batches, 0]], method, drafter),
         "optimality_gap": max(gaps) if gaps else None,
         "infeasible": None if feasible else table[0]["violations"],
-        "warnings": _caveats(deployment, loads, loop, prompt_length, output_length, max_draft_length, acceptance),
+        "warnings": _caveats(deployment, loads, loop, prompt_length, output_length, max_draft_length, acceptance)
+        + _queueing(table, loop, config, one),
     }
 
 
@@ -240,13 +252,29 @@ def _schedule_length(config: Configuration, workload: Workload) -> int:
     return max(1, int(min([*caps, LONGEST_SCHEDULE])))
 
 
+def _queueing(table, loop: str, config: Configuration, workload: Workload) -> list[str]:
+    """The loads at which the chosen batch is near its cap; see :func:`diffspec.analysis.answers.near_the_cap`."""
+    cap = batch_cap(workload, config)
+    if loop != "arrival_rate" or cap is None:
+        return []
+    near = []
+    for entry in table:
+        batch = entry["load"] * entry["metrics"]["e2e_mean"] if entry["feasible"] else 0.0
+        if batch + 2.0 * batch**0.5 >= float(cap):
+            near.append(f"{entry['load']:g}")
+    return [f"at {', '.join(near)} req/s {QUEUEING}"] if near else []
+
+
 def _caveats(deployment, loads, loop, prompt, output, longest, acceptance) -> list[str]:
     notes = []
     for load in (loads[0], loads[-1]):
         fields = {loop: load, "prompt_length": prompt, "output_length": output}
         notes += [note for note in deployment.caveats(longest, fields) if note not in notes]
     if not deployment.plain_measured:
-        notes.append("no k = 0 row was fitted: draft_length 0 and every speedup are extrapolated")
+        notes.append("no k = 0 row was fitted: draft_length 0 is no candidate and no speedup is told")
+    if acceptance is None and deployment.mixed_acceptance:
+        notes.append(deployment.mixed_acceptance)
+    notes.append("limits are not checked under the schedule; compare schedule_vs_static before using it")
     notes.append("draft_length 0 inside a schedule keeps the drafter loaded: it may cost more than no drafter at all")
     if acceptance is None:
         notes.append(

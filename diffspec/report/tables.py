@@ -122,6 +122,8 @@ def prediction(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
     ]
     if answer.get("breakeven_rate") is not None:
         latencies.append(("break-even arrival rate", quantity(answer["breakeven_rate"], "req/s")))
+    elif answer.get("breakeven_reason") not in (None, answer["speedup_reason"]):
+        latencies.append(("break-even arrival rate", f"none: {answer['breakeven_reason']}"))
     title = f"{answer['deployment']}, draft length {answer['draft_length']:g}: {answer['outcome']}"
     yield table(title, ("mean", "predicted"), latencies)
     if answer["outcome"] == "saturated":
@@ -160,17 +162,30 @@ def policy(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
             )
         )
     columns = ("load", "draft length", *shown, "speedup", "headroom")
-    yield table(f"draft length by load, smallest {answer['objective']}: {answer['outcome']}", columns, rows)
+    best = "largest" if answer["objective"] == "throughput" else "smallest"
+    yield table(f"draft length by load, {best} {answer['objective']}: {answer['outcome']}", columns, rows)
+    yield Text("metrics, speedup and headroom are those at the upper end of each range")
     for entry in answer["policy"]:
         yield from _violations(entry)
     if answer.get("schedule"):
         told = "; ".join(f"{first:g} to {last:g}: {length:g}" for first, last, length in answer["schedule"])
         yield Text(f"draft length by batch size: {told}")
+        yield from _schedule_against_policy(answer.get("schedule_vs_static") or [])
     for name, flag in (answer.get("flags") or {}).items():
         if flag:
             yield Text(f"{name}: {flag}")
     if answer.get("optimality_gap") is not None:
         yield Text(f"the relaxation, rounded, is within {percent(answer['optimality_gap'])} of exhaustive search")
+
+
+def _schedule_against_policy(entries: list[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """How much slower (or faster) the schedule over the batch is than the policy, at its worst load."""
+    both = [entry for entry in entries if entry["e2e_schedule"] and entry["e2e_policy"]]
+    if both:
+        worst = max(both, key=lambda entry: entry["e2e_schedule"] / entry["e2e_policy"])
+        change = worst["e2e_schedule"] / worst["e2e_policy"] - 1.0
+        told = f"{percent(abs(change))} {'slower' if change > 0 else 'faster'}"
+        yield Text(f"under that schedule e2e_mean is at worst {told} than the policy's, at load {worst['load']:g}")
 
 
 def _violations(entry: Mapping[str, Any]) -> Iterator[RenderableType]:

@@ -163,13 +163,15 @@ my-deployment,plain at 2 req/s,my engine 1.0,1 my accelerator,my-verifier,,none,
 0.08,0.21,0.0240,0.0410,0.0240,0.0330,3.128,4.39
 my-deployment,k=4 at 2 req/s,my engine 1.0,1 my accelerator,my-verifier,my-drafter,draft_model,4,2,poisson,,64,256,\
 128,3.11,0.81;0.74;0.70;0.68,400,0,1.99,0.09,0.24,0.0317,0.0520,0.0103,0.0150,1.398,2.01
+my-deployment,plain at 8 in flight,my engine 1.0,1 my accelerator,my-verifier,,none,0,,,8,64,256,128,,,400,0,2.38,\
+0.19,0.52,0.0250,0.0430,0.0250,0.0340,3.365,4.10
 my-deployment,k=4 at 8 in flight,my engine 1.0,1 my accelerator,my-verifier,my-drafter,draft_model,4,,,8,64,256,128,\
 3.11,0.81;0.74;0.70;0.68,400,0,4.75,0.16,0.48,0.0366,0.0640,0.0119,0.0180,1.671,2.26
 """
 
 
 def template() -> str:
-    """A small valid table as CSV text: a plain open-loop row, one with four drafted tokens, one closed-loop row.
+    """A small valid table as CSV text: open-loop and closed-loop rows, plain and with four drafted tokens.
 
     Times are in seconds. Overwrite the rows with your measurements; leave what you do not know empty.
 
