@@ -10,6 +10,7 @@ k = K-coordinate of a bounded variable moved by Optax's Adam and projected to [1
 
 from functools import partial
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -24,15 +25,7 @@ ROUNDS, STEPS, WEIGHT = 4, 40, 10.0
 
 def at_draft_length(config: Configuration, draft_length) -> Configuration:
     """The configuration at another draft length."""
-    return Configuration(
-        draft_length=draft_length,
-        acceptance=config.acceptance,
-        max_batch_size=config.max_batch_size,
-        kv_capacity_tokens=config.kv_capacity_tokens,
-        draft_probability=config.draft_probability,
-        verifier_scale=config.verifier_scale,
-        drafter_scale=config.drafter_scale,
-    )
+    return eqx.tree_at(lambda c: c.draft_length, config, draft_length)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=FAST_COMPILE)
