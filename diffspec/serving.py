@@ -7,7 +7,8 @@ One request that sees n requests in service (itself included; o = n - self_share
 with p the prefill time of one prompt, steps the renewal count of :mod:`diffspec.acceptance` and step(n) the engine step
 over n sequences. o/(1+o) is the chance to arrive in mid-step: then the first token waits for the step under way and for
 the others' share of the step that carries the prompt. Of the others' prefill, a closed loop shows sync*(N-1)/2*p in
-ttft (requests that finish together start together); decode carries the rest. All times in s.
+ttft (requests that finish together start together; sync falls as the spread of steps per request grows); decode
+carries the rest. All times in s.
 """
 
 from collections.abc import Callable
@@ -136,7 +137,7 @@ class ServingModel(eqx.Module):
     step_time: AbstractStepTime
     request_overhead: Scalar = parameter(0.0, unit="s", meaning="per request, outside the engine step (HTTP, tokens)")
     prefill_interference: Scalar = parameter(
-        1.0, unit="1", meaning="share of a prompt's prefill time that every other request in service pays"
+        1.0, unit="1", meaning="a prompt's prefill times this is what every other request in service pays"
     )
     first_token_steps: Scalar = parameter(
         1.0, unit="step", low=0.0, high=3.0, meaning="steps that a prompt arriving at a busy engine waits and shares"

@@ -75,7 +75,7 @@ def read_scales(observed: dict[str, np.ndarray], prompt, context, tokens_per_ste
 def build_form(name: str, scales: Scales, experts: tuple[float, float, float] | None = None) -> Form:
     """Template and priors of a form. ``experts`` = (num_experts, experts_per_token, expert_ranks)."""
     step, per_token = scales.step, 0.01 * scales.step
-    per_kv = per_token / 500  # a verified token costs about as much as 500 cached ones (measured on an H100)
+    per_kv = per_token / 500  # order of magnitude only: a verified token costs far more than a cached one
     moe = name.endswith("-moe")
     expert_cost = None
     if moe:

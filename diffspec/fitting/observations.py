@@ -74,7 +74,7 @@ def observations(frame, curve: MeasuredAcceptance | None = None) -> Observations
     """Batch the rows of one deployment; ``curve``: acceptance to use for speculative rows that carry none.
 
     Rows of one deployment share one set of costs, whatever parameter counts they name: drafting time follows a
-    drafter's depth more than its size (on our measurements a drafter 2.7 times as large was no slower).
+    drafter's depth more than its size (experiments/01_reproduce_published_form, natural acceptance held out).
 
     Errors: :class:`TraceError` for a draft longer than 32 tokens or a speculative row without any acceptance.
     """
