@@ -1,6 +1,6 @@
 """Speed of the equilibrium: 1e6 random systems by vmap, value alone and with gradients, beside a scipy brentq loop.
 
-Run `python experiments/02_steady_state_speed/run.py`. Everything runs in one process; compile time, first call and
+Run `python experiments/09_speed/steady_state.py`. Everything runs in one process; compile time, first call and
 steady state are told apart; times are the minimum and the median of alternating repeats.
 """
 
@@ -117,7 +117,7 @@ def main() -> None:
     rates = np.asarray(jax.vmap(lambda s: s[7] * cap / residence(s, cap))(jnp.asarray(few)))
     report["largest_difference_to_brentq"] = float(np.max(np.abs(np.exp(logs) * rates / np.asarray(batches) - 1.0)))
     print(json.dumps(report, indent=1))
-    (options.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / "steady_state.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

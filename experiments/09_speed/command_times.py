@@ -1,7 +1,7 @@
 """Wall-clock time of the commands, cold (empty compilation cache) and with a warm cache.
 
-Run `python experiments/03_command_times/run.py`. The 200-row trace is *synthetic*: the packaged rows repeated with 2 %
-noise on each latency. Every command is a fresh process; the times include starting Python.
+Run `python experiments/09_speed/command_times.py`. The 200-row trace is *synthetic*: the packaged rows repeated with
+2 % noise on each latency. Every command is a fresh process; the times include starting Python.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main() -> None:
             report["seconds"][name] = {"cold": round(min(cold), 2), "warm": round(min(warm), 2)}
             print(name, report["seconds"][name], file=sys.stderr, flush=True)
     print(json.dumps(report, indent=1))
-    (options.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / "command_times.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def run(arguments: list[str], folder: str, cache: Path) -> float:
