@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffspec.results import TraceError
-from diffspec.traces import TraceProblems, bench_record, read_trace, read_vllm_bench
+from diffspec.traces import TraceProblems, read_trace, read_vllm_bench
+from diffspec.traces.readers import bench_record
 
 PLAIN = {
     "date": "20260101-000000",

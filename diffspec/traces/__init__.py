@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .problems import Problem, TraceProblems
     from .quality import Finding, QualityReport, check, set_aside_reasons
+    from .readers.vllm_bench import read_vllm_bench
     from .schema import COLUMNS, Column, template
     from .table import read_table, validate
     from .trace import Trace, read_trace, to_csv
-    from .vllm_bench import read_vllm_bench
     from .where import matches
 
 __all__ = [
@@ -41,7 +41,7 @@ _HOMES = {
     "schema": ("COLUMNS", "Column", "template"),
     "table": ("read_table", "validate"),
     "trace": ("Trace", "read_trace", "to_csv"),
-    "vllm_bench": ("read_vllm_bench",),
+    "readers.vllm_bench": ("read_vllm_bench",),
     "where": ("matches",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

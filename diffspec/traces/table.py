@@ -28,11 +28,13 @@ _MAGIC = (
 )
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The bytes of a file. Raises `TraceError` when it is missing, empty, a folder or unreadable."""
+def read_bytes(path: str | Path, at_most: int = -1) -> bytes:
+    """The bytes of a file, or the first `at_most`. Raises `TraceError` when it is missing, empty, a folder or
+    unreadable."""
     file = str(path)
     try:
-        data = Path(path).read_bytes()
+        with Path(path).open("rb") as opened:
+            data = opened.read(at_most)
     except FileNotFoundError:
         raise Problem("no such file", file=file, advice="check the path").error() from None
     except IsADirectoryError:

@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 
 from ..results import InputError
+from .formats import read_source
 from .problems import Problem, error_from
+from .readers.vllm_bench import read_vllm_bench
 from .schema import NAMES, RESERVED
-from .table import decode, read_bytes, table_from_bytes, validate
-from .vllm_bench import bench_from_text, read_vllm_bench
+from .source import Source
+from .validation import validate
 from .where import matches
 
 
@@ -86,10 +88,7 @@ def read_trace(paths: Sequence[str | Path] | str | Path, *, skip_bad_rows: bool 
 def _read(path: str | Path) -> pd.DataFrame:
     if Path(path).is_dir():
         return read_vllm_bench(path)
-    data = read_bytes(path)
-    if data[:200].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
-        return bench_from_text(decode(data, str(path)), str(path))
-    return table_from_bytes(data, str(path))
+    return read_source(Source(path))[1]
 
 
 def _part(frame: pd.DataFrame, raw: pd.DataFrame, problems: list[Problem]) -> tuple[pd.DataFrame, pd.DataFrame]:

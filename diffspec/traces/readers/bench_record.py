@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .problems import Problem
-from .schema import COLUMNS, METRICS, PERCENTILES
+from ..problems import Problem
+from ..schema import COLUMNS, METRICS, PERCENTILES
 
 _LATENCY_KEY = re.compile(r"(mean|median|p\d+(_\d+)?)_(ttft|tpot|itl|e2el)_ms")
 # The load is taken from what the client did, never from metadata.

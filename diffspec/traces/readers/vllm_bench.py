@@ -5,17 +5,17 @@ infinite request rate with a cap on concurrency becomes a closed loop. Metadata 
 overrides with the name of a column of the operating-point table fill that column.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from ..json_text import parse_json
+from ..problems import Problem
+from ..schema import NAMES
+from ..table import decode, read_bytes
 from .bench_record import is_bench_record, read_record
-from .problems import Problem
-from .schema import NAMES
-from .table import decode, read_bytes
 
 # Written beside the runs by `vllm bench sweep`; reading them too would count runs twice, or count the warm-up.
 _NOT_RUNS = ("summary.json", "warmup.json")
@@ -58,48 +58,13 @@ def bench_from_text(text: str, file: str) -> pd.DataFrame:
     """`read_vllm_bench` for text already in memory; `file` is the name used in messages."""
     records = parse_json(text, file)
     if not any(is_bench_record(record) for _, record in records):
-        raise _not_a_result(records, file)
+        raise not_a_result(records, file)
     rows, warnings, problems = [], [], []
     _convert(records, file, rows, warnings, problems)
     return _frame(rows, warnings, problems)
 
 
-def parse_json(text: str, file: str) -> list[tuple[int, Any]]:
-    """The records of JSON, a JSON list or JSON lines, each with its line or place. Raises `TraceError`."""
-    try:
-        value = _loads(text, file, None)
-        return list(enumerate(value, start=1)) if isinstance(value, list) else [(1, value)]
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":
-            raise _broken(error, file, error.lineno, len(text)) from None
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                records.append((number, _loads(line, file, number)))
-            except json.JSONDecodeError as error:
-                raise _broken(error, file, number, len(line)) from None
-    return records
-
-
-def _loads(text: str, file: str, row: int | None) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise Problem("the JSON is nested too deeply", file, row).error() from None
-    except json.JSONDecodeError:
-        raise
-    except ValueError as error:  # an integer of thousands of digits
-        raise Problem(f"the JSON holds a number that cannot be read: {str(error)[:120]}", file, row).error() from None
-
-
-def _broken(error: json.JSONDecodeError, file: str, row: int, length: int):
-    at_end = error.pos >= length - 1 or error.msg.startswith("Unterminated string")
-    advice = "the file may be cut off" if at_end else None
-    return Problem(f"not valid JSON: {error.msg} at line {row}, column {error.colno}", file, advice=advice).error()
-
-
-def _not_a_result(records: list[tuple[int, Any]], file: str):
+def not_a_result(records: list[tuple[int, Any]], file: str):
     first = records[0][1] if records else None
     keys = set(first) if isinstance(first, dict) else set()
     advice = None
