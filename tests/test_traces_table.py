@@ -292,7 +292,7 @@ def test_what_is_no_table_raises_also_when_bad_rows_are_skipped(write, content, 
 def test_a_missing_file_a_folder_and_nothing(tmp_path):
     with pytest.raises(TraceError, match="no such file"):
         read_trace(tmp_path / "absent.csv")
-    with pytest.raises(TraceError, match="no result of vllm bench serve in this folder"):
+    with pytest.raises(TraceError, match="no trace in this folder"):
         read_trace(tmp_path)
     with pytest.raises(TraceError, match="a folder where a file is needed"):
         read_table(tmp_path)

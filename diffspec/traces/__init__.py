@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .readers.vllm_bench import read_vllm_bench
     from .schema import COLUMNS, Column, template
     from .table import read_table, validate
-    from .trace import Trace, read_trace, to_csv
+    from .trace import Trace, read_trace, rows_to_csv, to_csv, to_parquet
     from .where import matches
 
 __all__ = [
@@ -29,9 +29,11 @@ __all__ = [
     "read_table",
     "read_trace",
     "read_vllm_bench",
+    "rows_to_csv",
     "set_aside_reasons",
     "template",
     "to_csv",
+    "to_parquet",
     "validate",
 ]
 
@@ -40,7 +42,7 @@ _HOMES = {
     "quality": ("Finding", "QualityReport", "check", "set_aside_reasons"),
     "schema": ("COLUMNS", "Column", "template"),
     "table": ("read_table", "validate"),
-    "trace": ("Trace", "read_trace", "to_csv"),
+    "trace": ("Trace", "read_trace", "rows_to_csv", "to_csv", "to_parquet"),
     "readers.vllm_bench": ("read_vllm_bench",),
     "where": ("matches",),
 }

@@ -9,13 +9,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..results import TraceError
+from . import requests
+from .looks import looks_like
 from .problems import Problem
-from .readers import vllm_bench
-from .readers.bench_record import is_bench_record
+from .readers import (
+    arrivals,
+    guidellm,
+    guidellm_csv,
+    inferencex,
+    prometheus,
+    request_metrics,
+    sglang_bench,
+    speculation_profile,
+    step_samples,
+    sweep_summary,
+    vllm_bench,
+)
+from .readers.bench_record import is_bench_record, is_seconds_record
 from .schema import NAMES
 from .source import Source
 from .table import table_from_bytes
 
+_OTHER_COLUMNS = "no column of the operating-point table in the header"
 GIVES = ("operating points", "requests", "counters", "acceptance", "step times", "arrivals")
 
 
@@ -32,7 +48,7 @@ class Format:
 
 
 def _is_table(source: Source) -> bool:
-    return bool(set(source.columns) & set(NAMES))
+    return bool(set(source.columns) & set(NAMES)) and not sweep_summary.recognises(source)
 
 
 FORMATS: tuple[Format, ...] = (
@@ -40,8 +56,45 @@ FORMATS: tuple[Format, ...] = (
         "vllm bench serve JSON",
         "operating points",
         lambda source: is_bench_record(source.first),
-        lambda source: vllm_bench.bench_from_text(source.text, source.file),
+        vllm_bench.read_bench,
     ),
+    Format(
+        "vllm bench serve JSON in seconds",
+        "operating points",
+        lambda source: is_seconds_record(source.first),
+        vllm_bench.read_seconds,
+    ),
+    Format(
+        "vllm bench sweep summary",
+        "operating points",
+        sweep_summary.recognises,
+        sweep_summary.read_sweep_summary,
+    ),
+    Format(
+        "SGLang bench_serving JSON lines",
+        "operating points",
+        lambda source: sglang_bench.is_sglang_record(source.first),
+        sglang_bench.read_sglang_bench,
+    ),
+    Format(
+        "GuideLLM report",
+        "operating points",
+        lambda source: guidellm.is_report(source.first),
+        guidellm.read_guidellm,
+    ),
+    Format("GuideLLM CSV", "operating points", guidellm_csv.recognises, guidellm_csv.read_guidellm_csv),
+    Format(
+        "InferenceX results",
+        "operating points",
+        lambda source: inferencex.is_aggregate(source.first),
+        inferencex.read_inferencex,
+    ),
+    Format("/metrics of vLLM or SGLang", "counters", prometheus.recognises, prometheus.read),
+    Format("vllm bench forward JSON", "step times", step_samples.recognises, step_samples.read),
+    Format("speculation profile", "acceptance", speculation_profile.recognises, speculation_profile.read),
+    Format("per-request metrics", "acceptance", request_metrics.recognises, request_metrics.read),
+    Format("request table", "requests", requests.recognises, requests.read),
+    Format("arrivals", "arrivals", arrivals.recognises, arrivals.read),
     Format(
         "operating-point table",
         "operating points",
@@ -66,11 +119,30 @@ def read_source(source: Source) -> tuple[Format, Any]:
 
 def unrecognised(source: Source):
     """The error for a file of no known format: what it looks like, and what is understood."""
+    what, advice = looks_like(source)
+    like = f": this looks like {what}" if what else ""
     if source.kind == "json":
-        return vllm_bench.not_a_result(source.records, source.file)
-    table_from_bytes(source.data, source.file)  # raises the error that names the likely mistake
-    return Problem("a table of no known format", source.file, allowed=_understood()).error()
+        return Problem(
+            f"no format that is read{like}", source.file, None, None, _got(source), _understood(), advice
+        ).error()
+    try:
+        table_from_bytes(source.data, source.file)
+    except TraceError as error:  # binary, a web page, cut off, or a table with other columns
+        if _OTHER_COLUMNS not in str(error):
+            return error
+    allowed = "names such as arrival_rate, prompt_length, output_length, draft_length, ttft_mean, itl_mean; or "
+    return Problem(_OTHER_COLUMNS + like, source.file, 1, None, _got(source), allowed + _understood(), advice).error()
+
+
+def _got(source: Source) -> str:
+    """The names in a file, shortened."""
+    if source.kind != "json":
+        return ", ".join(name for name in source.columns if name)[:60]
+    first = source.first
+    if isinstance(first, dict):
+        return ", ".join(sorted(map(str, first))[:6]) or "{}"
+    return "an empty list" if first is None else type(first).__name__
 
 
 def _understood() -> str:
-    return "one of: " + ", ".join(item.name for item in FORMATS)
+    return "one of " + ", ".join(item.name for item in FORMATS)

@@ -19,6 +19,7 @@ METHOD_ALIASES = {
     "standalone": "draft_model",
 }
 ARRIVAL_PROCESSES = ("poisson", "constant", "gamma", "burst")
+WINDOWS = ("run", "steady")
 METRICS = ("ttft", "itl", "tpot", "e2e")
 PERCENTILES = ("p50", "p90", "p95", "p99")
 STATISTICS = ("mean", *PERCENTILES)
@@ -133,6 +134,7 @@ COLUMNS: tuple[Column, ...] = (
     _text("task", "speculation", "kind of text, such as code or chat"),
     *_latencies(),
     _positive("throughput", "observed", "req/s", 1e6, "completed requests per second"),
+    _text("window", "observed", "what was averaged: a whole run from empty to drained, or a steady part", WINDOWS),
     _positive("n_requests", "observed", "req", 1e12, "completed requests measured", "integer"),
     _from_zero("failed", "observed", "req", 1e12, "requests that failed", "integer"),
     _positive("effective_batch_size", "observed", "req", 1e6, "mean requests in the system"),

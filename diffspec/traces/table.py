@@ -146,9 +146,11 @@ def _check_header(header: list[str], file: str) -> None:
         return
     if {"arrival_time", "first_token_time", "completion_time"} & set(named):
         raise Problem(
-            "this is a request table (one row a request), not operating points",
+            "this is a request table (one row a request) without all of its columns",
             file=file,
-            advice="summarize it into operating points first",
+            row=1,
+            got=", ".join(named[:6]),
+            allowed="arrival_time, completion_time [s], prompt_tokens, output_tokens",
         ).error()
     raise Problem(
         "no column of the operating-point table in the header",

@@ -1,22 +1,24 @@
 """A trace: the operating points of one or more files as one canonical frame."""
 
 import hashlib
+import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ..results import InputError
-from .formats import read_source
-from .problems import Problem, error_from
-from .readers.vllm_bench import read_vllm_bench
-from .schema import NAMES, RESERVED
-from .source import Source
+from .gather import Gathered, gather, refuse_others, set_identity
+from .problems import Problem, error_from, near
+from .schema import COLUMNS, NAMES, RESERVED, TEXT_NAMES
 from .validation import validate
 from .where import matches
+
+_LISTS = tuple(item.name for item in COLUMNS if item.dtype == "list")
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,15 @@ class Trace:
     """Operating points that passed validation.
 
     `frame`, the canonical frame (see `validate`); `warnings`, one line each; `bad_rows`, the rows set aside while
-    reading, as they were found, with a column `problem` (None unless asked for); `sources`, the files read.
+    reading, as they were found, with a column `problem` (None unless asked for); `sources`, the files read;
+    `recognised`, the format of each file named, as {"file", "format", "gives"}.
     """
 
     frame: pd.DataFrame
     warnings: list[str] = field(default_factory=list)
     bad_rows: pd.DataFrame | None = None
     sources: list[str] = field(default_factory=list)
+    recognised: list[dict[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -41,6 +45,24 @@ class Trace:
         text = "\x1e".join([",".join(NAMES), *sorted(_row_texts(self.frame))])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
+    def with_acceptance(self, conditional: Sequence[float]) -> "Trace":
+        """The trace with the acceptance curve a_1, a_2, ... in the speculative rows that tell no acceptance at all;
+        positions beyond the curve repeat its last rate."""
+        frame = self.frame.copy()
+        lengths = frame["draft_length"].to_numpy(float)
+        silent = (lengths > 0) & np.array([cell is None for cell in frame["position_acceptance"]], bool)
+        for name in ("tokens_per_step", "acceptance_rate"):
+            silent &= np.isnan(frame[name].to_numpy(float))
+        rates = tuple(float(rate) for rate in conditional)
+        curves, steps = list(frame["position_acceptance"]), frame["tokens_per_step"].to_numpy(float).copy()
+        for index in np.flatnonzero(silent):
+            length = int(lengths[index])
+            curves[index] = (rates + rates[-1:] * length)[:length]
+            steps[index] = 1.0 + np.cumprod(curves[index]).sum()
+        frame["position_acceptance"], frame["tokens_per_step"] = pd.Series(curves, dtype=object), steps
+        text = f"acceptance of {int(silent.sum())} rows that told none taken from the curve"
+        return replace(self, frame=frame, warnings=[*self.warnings, text] if silent.any() else self.warnings)
+
     def where(self, expression: str) -> "Trace":
         """The rows that satisfy an expression such as ``draft_length == 4 and arrival_rate <= 3`` (see `matches`).
         Raises `InputError` when it cannot be read, names no column of the trace, or leaves no row."""
@@ -50,21 +72,35 @@ class Trace:
         return replace(self, frame=kept)
 
 
-def read_trace(paths: Sequence[str | Path] | str | Path, *, skip_bad_rows: bool = False) -> Trace:
-    """Read operating points from files and folders and join them; formats are detected by content.
+def read_trace(
+    paths: Sequence[str | Path] | str | Path,
+    *,
+    skip_bad_rows: bool = False,
+    identity: Mapping[str, Any] | None = None,
+) -> Trace:
+    """Read operating points from files and folders and join them; formats are detected by content (see `formats`).
 
-    CSV and Parquet tables and the JSON of `vllm bench serve` (files, JSON lines, folders) are understood. All problems
-    of all files are gathered and raised as one `TraceError` (`TraceProblems` when there are several) whose `file`,
-    `row`, `column`, `got`, `allowed` and `advice` are those of the first. With `skip_bad_rows`, rows with a problem
-    move to `Trace.bad_rows` instead; problems of a whole file, and a trace without a good row, still raise.
+    Benchmark results of several tools, tables, request tables (summarised over stationary windows), and scrapes of
+    `/metrics` (joined to the benchmark they belong to) are understood. `identity` maps columns of identity, load,
+    shape or speculation to values that every row gets. All problems of all files are gathered and raised as one
+    `TraceError` (`TraceProblems` when there are several) whose `file`, `row`, `column`, `got`, `allowed` and `advice`
+    are those of the first. With `skip_bad_rows`, rows with a problem move to `Trace.bad_rows` instead; problems of a
+    whole file, and a trace without a good row, still raise.
     """
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not given:
         raise InputError("no trace given; name at least one file or folder")
-    frames, bad, warnings, sources, problems = [], [], [], [], []
-    for path in given:
-        raw = _read(path)
-        file = str(path)
+    gathered = gather(given)
+    refuse_others(gathered)
+    return trace_of(gathered, skip_bad_rows=skip_bad_rows, identity=identity)
+
+
+def trace_of(gathered: Gathered, *, skip_bad_rows: bool = False, identity: Mapping[str, Any] | None = None) -> Trace:
+    """The operating points of what was gathered, validated; see `read_trace`."""
+    _check_identity(identity or {})
+    frames, bad, warnings, sources, problems = [], [], list(gathered.warnings), [], []
+    for file, raw in gathered.points:
+        warnings += set_identity(raw, dict(identity or {}))
         frame, notes, found = validate(raw, file)
         warnings += notes
         sources += list(dict.fromkeys(raw["source_file"])) if len(raw) else [file]
@@ -82,13 +118,15 @@ def read_trace(paths: Sequence[str | Path] | str | Path, *, skip_bad_rows: bool 
     frame = frame.loc[:, [*(name for name in frame.columns if name not in RESERVED), "source_file", "source_row"]]
     warnings += _twice(frame)
     bad_rows = pd.concat(bad, ignore_index=True) if skip_bad_rows else None
-    return Trace(frame, warnings, bad_rows, sources)
+    return Trace(frame, list(dict.fromkeys(warnings)), bad_rows, sources, gathered.recognised)
 
 
-def _read(path: str | Path) -> pd.DataFrame:
-    if Path(path).is_dir():
-        return read_vllm_bench(path)
-    return read_source(Source(path))[1]
+def _check_identity(identity: Mapping[str, Any]) -> None:
+    allowed = [item.name for item in COLUMNS if item.kind != "observed"]
+    for name in identity:
+        if name not in allowed:
+            hint = near(name, allowed) or f"allowed: {', '.join(allowed[:8])}, ..."
+            raise InputError(f"identity: unknown column {name!r}; {hint}")
 
 
 def _part(frame: pd.DataFrame, raw: pd.DataFrame, problems: list[Problem]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -126,6 +164,25 @@ def to_csv(frame: pd.DataFrame) -> str:
     return pd.DataFrame({name: [_cell(cell) for cell in frame[name]] for name in names}, dtype=object).to_csv(
         index=False, lineterminator="\n"
     )
+
+
+def rows_to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as dicts of columns of the operating-point table as CSV text, in the order of the table; see `to_csv`.
+
+    >>> rows_to_csv([{"concurrency": 4, "position_acceptance": [0.8, 0.7]}])
+    'concurrency,position_acceptance\\n4,0.8;0.7\\n'
+    """
+    names = [name for name in NAMES if any(row.get(name) is not None for row in rows)]
+    cells = {name: [tuple(v) if isinstance(v := row.get(name), list) else v for row in rows] for name in names}
+    return to_csv(pd.DataFrame({name: pd.Series(values, dtype=object) for name, values in cells.items()}))
+
+
+def to_parquet(frame: pd.DataFrame) -> bytes:
+    """A canonical frame as Parquet that `read_trace` turns back into the same rows; see `to_csv`."""
+    written = pd.read_csv(io.StringIO(to_csv(frame)), dtype={name: str for name in (*TEXT_NAMES, *_LISTS)})
+    target = io.BytesIO()
+    written.to_parquet(target, index=False)
+    return target.getvalue()
 
 
 def _empty(cells: Iterable) -> bool:

@@ -1,6 +1,13 @@
-"""One result object of `vllm bench serve` as one row of the operating-point table."""
+"""One result object of `vllm bench serve` as one row of the operating-point table.
 
-import json
+Read: the client of vLLM 0.7 to 0.33, `benchmark_serving.py` before it, results of `vllm bench sweep` with their
+overrides, and the variant of InferenceX, whose latencies are in seconds under keys without ``_ms``.
+
+Traps: `spec_decode_acceptance_rate` is in percent; acceptance per position is marginal; `request_rate` is a number or
+"inf"; 0 stands for a latency without a sample; `max_concurrent_requests` counts whole seconds that a request touches;
+`latencies` and `queue_times` hold failed requests too, as 0.
+"""
+
 import math
 import re
 from typing import Any
@@ -8,9 +15,23 @@ from typing import Any
 import numpy as np
 
 from ..problems import Problem
-from ..schema import COLUMNS, METRICS, PERCENTILES
+from ..schema import COLUMNS, PERCENTILES
+from .json_record import (
+    MILLISECONDS,
+    SECONDS,
+    Record,
+    Unit,
+    json_object,
+    note_several_tokens,
+    note_waiting,
+    read_latencies,
+    read_load,
+    spread,
+    text,
+)
 
-_LATENCY_KEY = re.compile(r"(mean|median|p\d+(_\d+)?)_(ttft|tpot|itl|e2el)_ms")
+_LATENCY = re.compile(r"(mean|median|p\d+(_\d+)?)_(ttft|tpot|itl|e2el)(_ms)?")
+SGLANG_MARKS = frozenset({"accept_length", "mean_e2e_latency_ms", "total_output_tokens_retokenized"})
 # The load is taken from what the client did, never from metadata.
 _METADATA = {item.name for item in COLUMNS if item.kind != "observed"} - {"arrival_rate", "concurrency"}
 _ALIASES = {"max_num_seqs": "max_batch_size", "max_num_batched_tokens": "max_batched_tokens"}
@@ -18,54 +39,40 @@ _ALIASES = {"max_num_seqs": "max_batch_size", "max_num_batched_tokens": "max_bat
 
 def is_bench_record(value: Any) -> bool:
     """Whether a JSON value is a result of `vllm bench serve`: run counts and a latency in milliseconds."""
-    if not isinstance(value, dict) or not ({"num_prompts", "completed"} & set(value)):
+    return _is_result(value) and any(key.endswith("_ms") for key in value if _LATENCY.fullmatch(key))
+
+
+def is_seconds_record(value: Any) -> bool:
+    """Whether a JSON value is a result of InferenceX's variant of the client: its latencies are named without unit."""
+    return _is_result(value) and not is_bench_record(value)
+
+
+def _is_result(value: Any) -> bool:
+    if not isinstance(value, dict) or not ({"num_prompts", "completed"} & set(value)) or SGLANG_MARKS & set(value):
         return False
-    if {"accept_length", "mean_e2e_latency_ms", "total_output_tokens_retokenized"} & set(value):
-        return False
-    return any(_LATENCY_KEY.fullmatch(key) for key in value)
+    return any(_LATENCY.fullmatch(key) for key in value)
 
 
-class _Record:
-    """Typed access to the keys of one result; what has the wrong type becomes a problem and reads as missing."""
-
-    def __init__(self, record: dict[str, Any]):
-        self.record, self.problems = record, []
-
-    def complain(self, key: str | None, message: str = "", allowed: str | None = None, advice: str | None = None):
-        self.problems.append(Problem(message, None, None, key, self.record.get(key or ""), allowed, advice))
-
-    def number(self, key: str, low: float = 0.0) -> float:
-        """A finite number >= `low`, NaN when the key is absent or null."""
-        value = self.record.get(key)
-        if value is None:
-            return math.nan
-        try:
-            if isinstance(value, (bool, str, list, dict)):
-                raise TypeError
-            number = float(value)
-        except (TypeError, OverflowError):
-            number = math.inf
-        if math.isfinite(number) and number >= low:
-            return number
-        self.complain(key, allowed=f"a finite number, at least {low:g}")
-        return math.nan
-
-    def numbers(self, key: str) -> list[float] | None:
-        """A list of finite numbers >= 0, None when the key is absent or null."""
-        value = self.record.get(key)
-        if value is None:
-            return None
-        numeric = isinstance(value, list) and all(type(item) in (int, float) for item in value)
-        try:
-            if numeric and all(math.isfinite(item) and item >= 0 for item in value):
-                return [float(item) for item in value]
-        except OverflowError:
-            pass
-        self.problems.append(Problem("", None, None, key, str(value)[:60], "a list of finite numbers, at least 0"))
-        return None
+def read_seconds_record(record: dict[str, Any], run: str) -> tuple[dict[str, Any], list[str], list[Problem]]:
+    """`read_record` for latencies in seconds. One longer than the whole run is a problem: perhaps milliseconds."""
+    row, notes, problems = read_record(record, run, SECONDS)
+    source = Record(record, problems=problems)
+    duration = source.number("duration")
+    for key in record:
+        if _LATENCY.fullmatch(key) and source.number(key) > 1.05 * duration:
+            allowed = f"seconds, at most the duration of {duration:g}"
+            source.complain(key, "longer than the whole run", allowed, "perhaps milliseconds: divide by 1000")
+            break
+    notes.append("latencies are named without a unit and read as seconds")
+    if row.get("method") == "none" and record.get("method") is None:
+        del row["method"], row["draft_length"]
+        notes.append("the file does not say whether tokens were drafted: give method and draft_length if they were")
+    return row, notes, problems
 
 
-def read_record(record: dict[str, Any], run: str) -> tuple[dict[str, Any], list[str], list[Problem]]:
+def read_record(
+    record: dict[str, Any], run: str, unit: Unit = MILLISECONDS
+) -> tuple[dict[str, Any], list[str], list[Problem]]:
     """One result as a row [s, tok, req/s], with notes for the reader and what is wrong with it.
 
     >>> result = {"num_prompts": 8, "completed": 8, "request_rate": "inf", "max_concurrency": 2, "duration": 4.0,
@@ -74,31 +81,34 @@ def read_record(record: dict[str, Any], run: str) -> tuple[dict[str, Any], list[
     >>> row["concurrency"], row["prompt_length"], row["ttft_mean"], row["throughput"]
     (2.0, 64.0, 0.05, 2.0)
     """
-    source, notes = _Record(record), []
-    row: dict[str, Any] = {"run": run, "method": None, "verifier": _string(record.get("model_id"))}
-    if _string(record.get("label")):
+    record = _with_metadata(record)
+    source, notes = Record(record), []
+    row: dict[str, Any] = {"run": run, "method": None, "verifier": source.text("model_id")}
+    if source.text("label"):
         row["workload"] = record["label"]
-    completed = source.number("completed")
-    if record.get("completed") is None:
-        source.complain("completed", "the key is missing", "requests completed")
-    prompts = source.number("num_prompts")
-    failed = source.number("failed")
+    completed, failed, prompts = (source.number(key) for key in ("completed", "failed", "num_prompts"))
     if completed == 0:
         source.complain("completed", "no request completed", "at least 1", "look at the server's log and run it again")
         return row, notes, source.problems
-    if math.isnan(failed) and prompts >= completed:
+    if record.get("completed") is None:
+        completed = prompts - (0.0 if math.isnan(failed) else failed)
+        notes.append("the key completed is missing: num_prompts is taken for it")
+    elif math.isnan(failed) and prompts >= completed:
         failed = prompts - completed
     duration, throughput = source.number("duration"), source.number("request_throughput")
     row["throughput"] = completed / duration if math.isnan(throughput) and duration > 0 else throughput
     row["n_requests"], row["failed"] = completed, failed
     for key, name in (("total_input_tokens", "prompt_length"), ("total_output_tokens", "output_length")):
-        row[name] = source.number(key) / completed
-        if record.get(key) is None:
-            source.complain(key, "the key is missing", advice="written by an older client, which cannot be used")
-    _load(source, row, notes)
-    _latencies(source, row)
+        if record.get(key) is not None and completed > 0:
+            row[name] = source.number(key) / completed
+        elif record.get(name) is None:
+            notes.append(f"written by an older client: {key} is missing, so give {name} beside it")
+    read_load(source, row, notes)
+    read_latencies(source, row, unit, {"e2e": "e2el"})
     _details(source, row, duration)
+    note_waiting(source, row, notes)
     _speculation(source, row, notes)
+    note_several_tokens(row, notes)
     for key, value in record.items():
         name = _ALIASES.get(key, key)
         if key in _ALIASES and name in record:
@@ -109,92 +119,40 @@ def read_record(record: dict[str, Any], run: str) -> tuple[dict[str, Any], list[
     return row, notes, source.problems
 
 
-def _string(value: Any) -> str | None:
-    return value.strip() or None if isinstance(value, str) else None
+def _with_metadata(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with overrides named by flags (``max-num-seqs``) under their Python names, and with what an object
+    `metadata`, or its JSON text, says about columns of the table; keys of the record itself win."""
+    named = {key.replace("-", "_"): value for key, value in record.items() if "-" in key}
+    inner = json_object(record.get("metadata")) or {}
+    inner = {key.replace("-", "_"): value for key, value in inner.items()}
+    known = _METADATA | set(_ALIASES)
+    inner = {key: value for key, value in inner.items() if key in known or key.startswith("speculative_config")}
+    return {**inner, **named, **record}
 
 
-def _load(source: _Record, row: dict, notes: list[str]) -> None:
-    rate, cap = source.record.get("request_rate"), source.number("max_concurrency")
-    if (isinstance(rate, str) and rate.strip().lower() == "inf") or rate == math.inf:
-        if math.isnan(cap):
-            source.complain(
-                "max_concurrency",
-                "an infinite request_rate without max_concurrency is one burst: neither an open nor a closed loop",
-                "a finite request_rate, or max_concurrency",
-                "run again with --request-rate R or --max-concurrency N",
-            )
-        row["concurrency"] = cap
-        return
-    if isinstance(rate, str):
-        try:
-            source.record = {**source.record, "request_rate": float(rate)}
-        except ValueError:
-            source.complain("request_rate", allowed='a number or "inf"')
-            return
-    if rate is None:
-        source.complain("request_rate", "the key is missing", 'a number or "inf"')
-        return
-    row["arrival_rate"] = source.number("request_rate")
-    burstiness = source.record.get("burstiness")
-    shape = 1.0 if burstiness is None else math.inf if burstiness in ("inf", math.inf) else source.number("burstiness")
-    if shape == 0:
-        source.complain("burstiness", allowed="above 0")
-    elif not math.isnan(shape):
-        row["arrival_scv"] = 1.0 / shape
-        row["arrival_process"] = "poisson" if shape == 1 else "constant" if math.isinf(shape) else "gamma"
-    if source.record.get("ramp_up_strategy"):
-        notes.append("the request rate was ramped up: request_rate is no steady arrival rate")
-    if source.number("max_concurrent_requests") >= cap:
-        notes.append(
-            f"arrivals at {row['arrival_rate']:g} req/s ran into max_concurrency {cap:g}: requests waited in the "
-            "client, so the loop was neither open nor closed; read as open"
-        )
-
-
-def _latencies(source: _Record, row: dict) -> None:
-    single = row["output_length"] == 1
-    for metric in METRICS:
-        key = "e2el" if metric == "e2e" else metric
-        names = {f"mean_{key}_ms": "mean", f"median_{key}_ms": "p50"} | {f"p{p[1:]}_{key}_ms": p for p in PERCENTILES}
-        for name, statistic in names.items():
-            value = source.number(name) / 1000
-            # One output token has no gap, and the client writes 0 for "no such sample".
-            if not math.isnan(value) and not (metric in ("itl", "tpot") and value == 0 and (single or "mean" in name)):
-                row[f"{metric}_{statistic}"] = value
-
-
-def _details(source: _Record, row: dict, duration: float) -> None:
+def _details(source: Record, row: dict, duration: float) -> None:
     """What only the per-request arrays tell: spread of lengths, the mean number in the system, missing e2e."""
-    errors = source.record.get("errors")
-    errors = errors if isinstance(errors, list) else []
-
-    def done(key: str) -> np.ndarray | None:
-        values = source.numbers(key)
-        if not values:
-            return None
-        kept = [value for index, value in enumerate(values) if index >= len(errors) or not errors[index]]
-        return np.array(kept) if kept else None
-
     for key, name in (("input_lens", "prompt_scv"), ("output_lens", "output_scv")):
-        lengths = done(key)
-        if lengths is not None and lengths.mean() > 0:
-            row[name] = float(lengths.var() / lengths.mean() ** 2)
-    latencies = done("latencies")
-    if latencies is None:
+        scv = spread(source.of_successes(key))
+        if not math.isnan(scv):
+            row[name] = scv
+    latencies = source.of_successes("latencies")
+    if latencies is None or not (latencies > 0).any():
         return
-    if duration > 0 and latencies.sum() > 0:
+    latencies = latencies[latencies > 0]
+    if duration > 0:
         row["effective_batch_size"] = float(latencies.sum() / duration)
-    if "e2e_mean" not in row and latencies.mean() > 0:
+    if "e2e_mean" not in row:
         row["e2e_mean"] = float(latencies.mean())
         for percentile in PERCENTILES:
             row[f"e2e_{percentile}"] = float(np.percentile(latencies, int(percentile[1:])))
 
 
-def _speculation(source: _Record, row: dict, notes: list[str]) -> None:
+def _speculation(source: Record, row: dict, notes: list[str]) -> None:
     record, config = source.record, _config(source)
-    row["method"] = _string(config.get("method"))
-    row["drafter"] = _string(config.get("model"))
-    row["rejection"] = _string(config.get("rejection_sample_method"))
+    row["method"] = text(config.get("method"))
+    row["drafter"] = text(config.get("model"))
+    row["rejection"] = text(config.get("rejection_sample_method"))
     planned = config.get("num_speculative_tokens", record.get("draft_length"))
     counted = any(key.startswith("spec_decode_") and value is not None for key, value in record.items())
     if not counted and planned is None:
@@ -227,37 +185,42 @@ def _speculation(source: _Record, row: dict, notes: list[str]) -> None:
     if percent > 100:
         source.complain("spec_decode_acceptance_rate", allowed="0 to 100 percent")
     if marginal is not None:
-        row["position_acceptance"] = _conditional(source, marginal, row["draft_length"])
+        row["position_acceptance"] = _positions(source, marginal, row["draft_length"])
         _compare(row["tokens_per_step"], marginal, notes)
     _account(source, row, drafts, notes)
 
 
-def _config(source: _Record) -> dict[str, Any]:
+def _config(source: Record) -> dict[str, Any]:
     """The speculative configuration, from metadata or sweep overrides: an object, its JSON text, or dotted keys."""
     config = source.record.get("speculative_config")
-    if isinstance(config, str):
-        try:
-            config = json.loads(config)
-        except (ValueError, RecursionError):
-            source.complain("speculative_config", "not valid JSON", "a JSON object")
-    found = dict(config) if isinstance(config, dict) else {}
+    if isinstance(config, str) and json_object(config) is None:
+        source.complain("speculative_config", "not valid JSON", "a JSON object")
+    found = dict(json_object(config) or {})
     for key, value in source.record.items():
         if key.startswith("speculative_config."):
             found[key.split(".", 1)[1]] = value
     return found
 
 
-def _conditional(source: _Record, marginal: list[float], draft_length: Any) -> tuple[float, ...] | None:
-    """P(position i accepted | all before it) from P(positions 1..i accepted); 0 after a position never reached."""
+def _positions(source: Record, marginal: list[float], draft_length: Any) -> tuple[float, ...] | None:
     key = "spec_decode_per_position_acceptance_rates"
     if any(later > earlier * (1 + 1e-9) for earlier, later in zip([1.0, *marginal], marginal, strict=False)):
         source.complain(key, allowed="fractions from 0 to 1 that do not increase (accepted at a position / drafts)")
         return None
     kept = list(marginal)
-    if isinstance(draft_length, int):  # a schedule may never have used the last positions
+    if isinstance(draft_length, (int, float)):  # a schedule may never have used the last positions
         while len(kept) > draft_length and kept[-1] == 0:
             kept.pop()
-    return tuple(b / a if a > 0 else 0.0 for a, b in zip([1.0, *kept], kept, strict=False)) or None
+    return conditional(kept)
+
+
+def conditional(marginal: list[float]) -> tuple[float, ...] | None:
+    """P(position i accepted | all before it) from P(positions 1..i accepted); 0 after a position never reached.
+
+    >>> conditional([0.8, 0.4, 0.0, 0.0])
+    (0.8, 0.5, 0.0, 0.0)
+    """
+    return tuple(b / a if a > 0 else 0.0 for a, b in zip([1.0, *marginal], marginal, strict=False)) or None
 
 
 def _compare(tokens_per_step: float, marginal: list[float], notes: list[str]) -> None:
@@ -266,7 +229,7 @@ def _compare(tokens_per_step: float, marginal: list[float], notes: list[str]) ->
         notes.append(f"acceptance length {tokens_per_step:.3f} but its positions add up to {expected:.3f}")
 
 
-def _account(source: _Record, row: dict, drafts: float, notes: list[str]) -> None:
+def _account(source: Record, row: dict, drafts: float, notes: list[str]) -> None:
     """Tokens emitted by drafting steps against tokens received: more means other traffic inside the counters."""
     received = source.number("total_output_tokens")
     emitted = drafts * row["tokens_per_step"]

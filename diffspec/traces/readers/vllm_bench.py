@@ -3,9 +3,11 @@
 Milliseconds become seconds, the engine's marginal acceptance per position becomes conditional acceptance, and an
 infinite request rate with a cap on concurrency becomes a closed loop. Metadata (`--metadata KEY=VALUE`) and sweep
 overrides with the name of a column of the operating-point table fill that column.
+
+A folder may be one that `vllm bench sweep` wrote: its runs are read, and `summary.json` or `summary.csv`, which repeat
+them, only where the runs themselves are gone. Warm-ups and failures are skipped aloud.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ import pandas as pd
 
 from ..json_text import parse_json
 from ..problems import Problem
-from ..schema import NAMES
+from ..source import Source
 from ..table import decode, read_bytes
-from .bench_record import is_bench_record, read_record
+from . import sweep_summary
+from .bench_record import is_bench_record, is_seconds_record, read_record, read_seconds_record
+from .rows import Rows, read_all
 
+WHAT = "vllm bench serve"
 # Written beside the runs by `vllm bench sweep`; reading them too would count runs twice, or count the warm-up.
-_NOT_RUNS = ("summary.json", "warmup.json")
+_REPEATS = ("summary.json", "summary.csv")
 
 
 def read_vllm_bench(path: str | Path) -> pd.DataFrame:
@@ -31,76 +36,69 @@ def read_vllm_bench(path: str | Path) -> pd.DataFrame:
     """
     if not Path(path).is_dir():
         return bench_from_text(decode(read_bytes(path), str(path)), str(path))
-    files = sorted(item for item in Path(path).rglob("*") if item.suffix.lower() in (".json", ".jsonl"))
-    rows, warnings, problems, skipped = [], [], [], []
-    for item in files:
-        name = str(item)
-        if not item.is_file():
-            continue
-        if item.name in _NOT_RUNS or item.name.endswith("failure.json"):
-            skipped.append(str(item.relative_to(path)))
-            continue
-        records = parse_json(decode(read_bytes(item), name), name)
-        if not any(is_bench_record(record) for _, record in records):
-            skipped.append(str(item.relative_to(path)))
-            continue
-        _convert(records, name, rows, warnings, problems)
+    rows, skipped = Rows(), []
+    found = [item for item in Path(path).rglob("*") if item.is_file()]
+    runs = sorted(item for item in found if item.suffix.lower() in (".json", ".jsonl") and item.name not in _REPEATS)
+    read: list[Path] = []
+    for item in runs:
+        if item.name == "warmup.json" or item.name.endswith("failure.json") or not _read_into(rows, item):
+            skipped.append(item)
+        else:
+            read.append(item)
+    # The deepest first: a summary.csv repeats the summary.json of each folder below it.
+    for item in sorted((item for item in found if item.name in _REPEATS), key=lambda item: (-len(item.parts), item)):
+        if any(item.parent in other.parents for other in read) or not _read_into(rows, item):
+            skipped.append(item)
+        else:
+            read.append(item)
     if skipped:
-        more = f" and {len(skipped) - 8} more" if len(skipped) > 8 else ""
-        warnings.append(f"{path}: skipped, no results of single runs: {', '.join(skipped[:8])}{more}")
-    if not rows:
+        names = [str(item.relative_to(path)) for item in sorted(skipped)]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        rows.warnings.append(f"{path}: skipped, no results of single runs: {', '.join(names[:8])}{more}")
+    if not rows.rows:
         advice = "name CSV or Parquet tables one by one; a folder is searched for *.json and *.jsonl"
-        raise Problem("no result of vllm bench serve in this folder", file=str(path), advice=advice).error()
-    return _frame(rows, warnings, problems)
+        raise Problem(f"no result of {WHAT} in this folder", file=str(path), advice=advice).error()
+    return rows.frame()
+
+
+def _read_into(rows: Rows, item: Path) -> bool:
+    """Read the results of a file; False when it holds none."""
+    if item.suffix.lower() == ".csv":
+        source = Source(item)
+        if not sweep_summary.recognises(source):
+            return False
+        rows.add(str(item), sweep_summary.results(source))
+        return True
+    records = parse_json(decode(read_bytes(item), str(item)), str(item))
+    for recognises, read in ((is_bench_record, read_record), (is_seconds_record, read_seconds_record)):
+        if any(recognises(record) for _, record in records):
+            rows.add(str(item), read_all(records, str(item), recognises, read, WHAT))
+            return True
+    return False
 
 
 def bench_from_text(text: str, file: str) -> pd.DataFrame:
     """`read_vllm_bench` for text already in memory; `file` is the name used in messages."""
     records = parse_json(text, file)
     if not any(is_bench_record(record) for _, record in records):
-        raise not_a_result(records, file)
-    rows, warnings, problems = [], [], []
-    _convert(records, file, rows, warnings, problems)
-    return _frame(rows, warnings, problems)
+        first = records[0][1] if records else None
+        got = ", ".join(sorted(map(str, first))[:6]) if isinstance(first, dict) else type(first).__name__
+        allowed = "num_prompts or completed with latencies such as mean_ttft_ms"
+        raise Problem(f"no result of {WHAT}", file, got=got, allowed=allowed).error()
+    return _frame(records, file, is_bench_record, read_record)
 
 
-def not_a_result(records: list[tuple[int, Any]], file: str):
-    first = records[0][1] if records else None
-    keys = set(first) if isinstance(first, dict) else set()
-    advice = None
-    if keys & {"accept_length", "mean_e2e_latency_ms", "total_output_tokens_retokenized"}:
-        advice = "this looks like SGLang's benchmark, another format"
-    elif "benchmarks" in keys:
-        advice = "this looks like GuideLLM's report, another format"
-    elif any(key.startswith(("median_ttft", "mean_ttft")) for key in keys):
-        advice = "its latencies carry no '_ms': this is another tool's variant of the format"
-    allowed = "num_prompts or completed with latencies such as mean_ttft_ms"
-    got = ", ".join(sorted(map(str, keys))[:6]) or ("an empty list" if first is None else type(first).__name__)
-    return Problem("no result of vllm bench serve", file, got=got, allowed=allowed, advice=advice).error()
+def read_bench(source: Source) -> pd.DataFrame:
+    """The results of `vllm bench serve` in a file as a raw frame (see `formats.Format`)."""
+    return _frame(source.records, source.file, is_bench_record, read_record)
 
 
-def _convert(records: list, file: str, rows: list, warnings: list[str], problems: list[Problem]) -> None:
-    for number, record in records:
-        if is_bench_record(record):
-            name = Path(file).stem if len(records) == 1 else f"{Path(file).stem}#{number}"
-            row, notes, faults = read_record(record, name)
-        else:
-            row, notes, faults = {}, [], [Problem("no result of vllm bench serve", got=type(record).__name__)]
-        rows.append({**row, "source_file": file, "source_row": number})
-        place = file if len(records) == 1 else f"{file}, row {number}"
-        warnings += [f"{place}: {note}" for note in notes]
-        problems += [Problem(**{**fault.__dict__, "file": file, "row": number}) for fault in faults]
+def read_seconds(source: Source) -> pd.DataFrame:
+    """The same for results whose latencies are in seconds (InferenceX)."""
+    return _frame(source.records, source.file, is_seconds_record, read_seconds_record)
 
 
-def _frame(rows: list[dict], warnings: list[str], problems: list[Problem]) -> pd.DataFrame:
-    used = [name for name in NAMES if any(name in row for row in rows)]
-    data = {name: pd.Series([_plain(row.get(name)) for row in rows], dtype=object) for name in used}
-    data["source_file"] = pd.Series([row["source_file"] for row in rows], dtype=object)
-    data["source_row"] = pd.Series([row["source_row"] for row in rows], dtype="int64")
-    frame = pd.DataFrame(data)
-    frame.attrs["warnings"], frame.attrs["problems"] = warnings, problems
-    return frame
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _frame(records: list[tuple[int, Any]], file: str, recognises: Any, read: Any) -> pd.DataFrame:
+    rows = Rows()
+    rows.add(file, read_all(records, file, recognises, read, WHAT))
+    return rows.frame()

@@ -1,0 +1,182 @@
+"""Rows of a request table, streamed in batches and checked: what cannot have happened is set aside and counted."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..results import TraceError
+from .problems import Problem
+from .schema import COLUMNS
+from .source import Source
+
+TIMES = ("arrival_time", "schedule_time", "first_token_time", "completion_time")
+TOKENS = ("prompt_tokens", "output_tokens", "drafted_tokens", "accepted_tokens", "stream_events")
+NEEDED = ("arrival_time", "completion_time", "prompt_tokens", "output_tokens")
+KEYS = tuple(item.name for item in COLUMNS if item.kind in ("identity", "architecture", "load", "speculation"))
+BAD_SHARE = 0.01
+"""Share of unusable rows that is set aside and reported; more is an error."""
+CLOCK_SLACK = 1e-3
+"""Events of two processes may be stamped this much [s] out of order."""
+BATCH_ROWS = 1 << 18
+
+
+class RequestRows:
+    """Batches of a request table as float arrays by run (rows alike in the columns `keys`), with what was set aside."""
+
+    def __init__(self, source: Source):
+        import pyarrow as pa
+        import pyarrow.csv
+        import pyarrow.dataset
+        import pyarrow.json
+
+        self.source = source
+        types = {name: pa.float64() for name in (*TIMES, *TOKENS)} | {name: pa.string() for name in ("ok", "measured")}
+        types |= {item.name: pa.string() for item in COLUMNS if item.name in KEYS}
+        kind: Any = source.kind
+        if kind == "text":
+            line = source.head.decode("utf-8-sig", "replace").split("\n", 1)[0]
+            kind = pyarrow.dataset.CsvFileFormat(
+                parse_options=pyarrow.csv.ParseOptions(delimiter=max(",\t;", key=line.count)),
+                convert_options=pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True),
+            )
+        with _AsTraceError(source):
+            self.dataset = pyarrow.dataset.dataset(str(source.path), format=kind)
+        names = self.dataset.schema.names
+        missing = [name for name in NEEDED if name not in names]
+        if missing:
+            raise Problem(
+                "columns are missing", source.file, 1, missing[0], ", ".join(names[:8]), ", ".join(NEEDED)
+            ).error()
+        self.keys = tuple(name for name in KEYS if name in names)
+        self.columns = [name for name in (*TIMES, *TOKENS, "ok", "measured") if name in names]
+        self.bad: dict[str, tuple[int, int]] = {}
+        self.rows = 0
+
+    def batches(self) -> Iterator[tuple[tuple, dict[str, np.ndarray]]]:
+        """(values of the key columns, requests) for every run in every batch; unusable rows are left out, counted."""
+        self.bad, self.rows = {}, 0
+        with _AsTraceError(self.source):
+            for batch in self.dataset.to_batches(columns=[*self.keys, *self.columns], batch_size=BATCH_ROWS):
+                if batch.num_rows:
+                    yield from self._split(batch)
+
+    def _split(self, batch) -> Iterator[tuple[tuple, dict[str, np.ndarray]]]:
+        size = batch.num_rows
+        requests = {name: self._numbers(batch, name) for name in (*TIMES, *TOKENS)}
+        requests["ok"] = self._flags(batch, "ok", 1.0)
+        requests["measured"] = self._flags(batch, "measured", 0.0)
+        good = self._good(requests)
+        self.rows += size
+        code, values = np.zeros(size, np.int64), [()]
+        for name in self.keys:
+            encoded = batch.column(name).dictionary_encode(null_encoding="encode")
+            entries = encoded.dictionary.to_pylist()
+            code = code * len(entries) + encoded.indices.to_numpy(zero_copy_only=False)
+            code, used = _renumber(code)
+            values = [(*values[old // len(entries)], _plain(entries[old % len(entries)])) for old in used]
+        for index, key in enumerate(values):
+            mine = good & (code == index) if len(values) > 1 else good
+            if mine.any():
+                yield key, {name: array[mine] for name, array in requests.items()}
+
+    def _numbers(self, batch, name: str) -> np.ndarray:
+        import pyarrow as pa
+
+        if name not in batch.schema.names:
+            return np.full(batch.num_rows, math.nan)
+        column = batch.column(name)
+        if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
+            allowed = "numbers, times in seconds"
+            raise Problem("not a column of numbers", self.source.file, 1, name, str(column.type), allowed).error()
+        return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+
+    def _flags(self, batch, name: str, default: float) -> np.ndarray:
+        import pyarrow as pa
+
+        if name not in batch.schema.names:
+            return np.full(batch.num_rows, default)
+        column = batch.column(name)
+        if pa.types.is_boolean(column.type) or pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+            values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+            return np.where(np.isnan(values), default, values)
+        encoded = column.cast(pa.string()).dictionary_encode(null_encoding="encode")
+        words = [str(word).strip().lower() for word in encoded.dictionary.to_pylist()]
+        told = np.array(
+            [default if word in ("none", "") else float(word in ("true", "1", "yes", "ok")) for word in words]
+        )
+        return told[encoded.indices.to_numpy(zero_copy_only=False)]
+
+    def _good(self, requests: dict[str, np.ndarray]) -> np.ndarray:
+        """Rows whose events can have happened; the others are counted by what is wrong with them."""
+        arrival, first, done = (requests[name] for name in ("arrival_time", "first_token_time", "completion_time"))
+        ok = requests["ok"] > 0
+        with np.errstate(all="ignore"):
+            tokens_bad = np.zeros(len(ok), bool)
+            for name in TOKENS:
+                tokens_bad |= (requests[name] < 0) | np.isinf(requests[name]) | (requests[name] > 1e9)
+            span = done - arrival
+            checks = {
+                "no finite arrival_time": ~np.isfinite(arrival),
+                "no finite completion_time": ok & ~np.isfinite(done),
+                "completion before arrival": ok & (span < -CLOCK_SLACK),
+                "a request longer than a day (times are in seconds)": ok & (span > 86400.0),
+                "first token before arrival or after completion": ok
+                & ((first < arrival - CLOCK_SLACK) | (first > done + CLOCK_SLACK) | np.isinf(first)),
+                "no prompt_tokens or output_tokens": ok
+                & (np.isnan(requests["prompt_tokens"]) | ~(requests["output_tokens"] > 0)),
+                "token counts below 0 or above 1e9": tokens_bad,
+            }
+        good = np.ones(len(ok), bool)
+        for what, wrong in checks.items():
+            wrong = wrong & good
+            if wrong.any():
+                count, place = self.bad.get(what, (0, self.rows + int(np.argmax(wrong)) + 1))
+                self.bad[what] = (count + int(wrong.sum()), place)
+                good &= ~wrong
+        return good
+
+    def warnings(self) -> list[str]:
+        """What the last reading set aside, one line each. Raises `TraceError` beyond 1 % of the rows."""
+        lines = [
+            f"{count} of {self.rows} requests set aside: {what} (first: row {row})"
+            for what, (count, row) in self.bad.items()
+        ]
+        if self.rows == 0:
+            raise Problem("the table has no rows", self.source.file, allowed="at least one row").error()
+        if sum(count for count, _ in self.bad.values()) > BAD_SHARE * self.rows:
+            what, (count, row) = max(self.bad.items(), key=lambda item: item[1][0])
+            allowed = f"up to {BAD_SHARE:.0%} of the rows"
+            raise Problem(
+                f"unusable requests: {what}", self.source.file, row, None, f"{count} of {self.rows}", allowed
+            ).error()
+        return lines
+
+
+def _renumber(code: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    used, code = np.unique(code, return_inverse=True)
+    return code, [int(entry) for entry in used]
+
+
+def _plain(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return str(value).strip() or None if isinstance(value, str) else value
+
+
+class _AsTraceError:
+    """Errors of the table library as `TraceError`."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, trace) -> None:
+        import pyarrow as pa
+
+        if isinstance(error, (pa.ArrowException, UnicodeDecodeError, OSError)) and not isinstance(error, TraceError):
+            text = " ".join(str(error).split())[:200]
+            raise Problem(f"the request table cannot be read: {text}", self.source.file).error() from None
