@@ -24,7 +24,7 @@ LAYERS = (
     ("acceptance", "experts", "step_time"),
     ("steady_state", "waiting", "simulate"),
     ("serving", "traces", "datasets"),
-    ("fitting", "analysis", "optimizing"),
+    ("collecting", "fitting", "analysis", "optimizing"),
     ("report", "demo"),
     ("cli",),
     ("__init__",),
@@ -33,7 +33,13 @@ LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in room
 # Layers whose rooms may also import those named before them in the same layer.
 ORDERED_LAYERS = {LAYER_OF["step_time"], LAYER_OF["fitting"], LAYER_OF["demo"]}
 # Third-party packages and the only rooms that may import them.
-CONFINED = {"pandas": {"traces"}, "matplotlib": {"report"}, "rich": {"report", "cli"}, "typer": {"cli"}}
+CONFINED = {
+    "pandas": {"traces"},
+    "aiohttp": {"collecting"},
+    "matplotlib": {"report"},
+    "rich": {"report", "cli"},
+    "typer": {"cli"},
+}
 PRINTING_ROOMS = {"report", "cli"}
 MAX_LINES = 400
 

@@ -99,7 +99,9 @@ def _block(frame, rows, curve) -> Block:
     process = frame["arrival_process"].tolist()
     scv = [0.0 if process[i] == "constant" else 1.0 for i in rows]
     is_open = not math.isnan(frame["arrival_rate"].iloc[rows[0]])
-    load = {"arrival_rate": column("arrival_rate", 1.0), "n_requests": column("n_requests", NEVER_ENDING)}
+    steady = np.array([frame["window"].iloc[i] == "steady" for i in rows])
+    n_requests = np.where(steady, NEVER_ENDING, column("n_requests", NEVER_ENDING))
+    load = {"arrival_rate": column("arrival_rate", 1.0), "n_requests": n_requests}
     workload = batched(
         Workload,
         prompt_length=column("prompt_length", 1.0),

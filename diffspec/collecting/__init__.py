@@ -1,0 +1,1 @@
+"""Drive a server with a stated load and record what it does: plan, client, cells, files."""

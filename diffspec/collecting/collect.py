@@ -1,0 +1,261 @@
+"""The verb `collect`: a plan is carried out against a server, cell by cell, and becomes a trace."""
+
+import asyncio
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from ..results import InputError, NoResultError, TraceError
+from ..traces.schema import PERCENTILES
+from ..traces.windows import Windows
+from .client import Sent, session
+from .drive import Run, drive, relative_half_width, scrapes_text
+from .load import asks
+from .plan import Cell, Plan
+from .record import Recorder
+
+Progress = Callable[[str, float], None]
+LATE = 0.005
+"""Send lag [s] at the 99th percentile beyond which the client itself is called slow."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What `collect` did: `rows` of all finished cells by name, those `measured` now, those `kept` from before, the
+    `failed` cells with the reason, `warnings`, and the client's own cost: CPU seconds and send lag a request."""
+
+    out: Path
+    rows: dict[str, dict[str, Any]]
+    measured: list[str]
+    kept: list[str]
+    failed: dict[str, str]
+    warnings: list[str]
+    client: dict[str, float | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON; `cells` are the rows in the order they were finished."""
+        return {
+            "out": str(self.out),
+            "table": str(self.out / "operating_points.csv"),
+            "cells": list(self.rows.values()),
+            "measured": self.measured,
+            "kept": self.kept,
+            "failed": self.failed,
+            "client": self.client,
+            "warnings": self.warnings,
+        }
+
+
+def check_url(url: str | None) -> str:
+    """The server's address without a trailing slash or /v1. Raises `InputError` unless it is http(s) with a host."""
+    parts = urlsplit(url or "")
+    try:
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        good = False
+    if not good:
+        raise InputError(f"url: got {url!r}; allowed: the address of the server, such as http://127.0.0.1:8000")
+    return (url or "").rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def collect(plan: Plan, out: Path, *, beside: Path = Path(), progress: Progress | None = None) -> Collected:
+    """Carry out `plan` against its server and write the trace under `out` (see `record`); cells finished before are not
+    measured again. `beside` is the folder in which files that the plan names are looked for.
+
+    Raises `InputError` for an address or folder that cannot be used, and `NoResultError` when the server does not
+    answer. A cell that fails is reported and the rest is measured."""
+    url = check_url(plan.server.url)
+    recorder = Recorder(out, plan)
+    recorder.open()
+    return asyncio.run(_collect(plan, url, recorder, beside, progress or (lambda what, share: None)))
+
+
+async def _collect(plan: Plan, url: str, recorder: Recorder, beside: Path, progress: Progress) -> Collected:
+    rows = recorder.rows()
+    cells = plan.cells()
+    kept = [cell.name for cell in cells if cell.name in rows]
+    todo = [cell for cell in cells if cell.name not in rows]
+    measured, failed, warnings, costs = [], {}, [], []
+    length = sum(plan.seconds(cell) for cell in todo) or 1.0
+    spent = 0.0
+    async with session(plan.server, dict(os.environ)) as http:
+        model, engine = await _ask_server(http, url, plan)
+        for cell in todo:
+            share, weight = spent / length, plan.seconds(cell) / length
+            recorder.start(cell, {"url": url, "model": model, "began_unix": time.time(), "engine": engine})
+
+            def tell(done: float, share=share, weight=weight, name=cell.name) -> None:
+                progress(name, share + weight * done)
+
+            try:
+                run = await drive(
+                    plan,
+                    cell,
+                    http,
+                    url,
+                    asks(plan, cell, model, beside),
+                    tell,
+                    lambda sent, cell=cell: recorder.add(cell, sent),
+                )
+                row, notes, cost = operating_point(plan, cell, run, {"verifier": model, "engine": engine})
+            except NoResultError as error:
+                failed[cell.name] = str(error)
+                continue
+            recorder.finish(cell, run, row)
+            rows[cell.name] = row
+            measured.append(cell.name)
+            warnings += [f"{cell.name}: {note}" for note in notes]
+            costs.append(cost)
+            spent += plan.seconds(cell)
+            await asyncio.sleep(plan.measure.settle_seconds if cell is not todo[-1] else 0)
+    if failed and not rows:
+        raise NoResultError("; ".join(failed.values()))
+    recorder.write_tables()
+    return Collected(recorder.out, rows, measured, kept, failed, warnings, _client(costs))
+
+
+async def _ask_server(http, url: str, plan: Plan) -> tuple[str, str | None]:
+    """The model to ask for and the engine's version, as the server tells them."""
+    import aiohttp
+
+    engine = None
+    try:
+        async with http.get(url + "/v1/models", allow_redirects=False) as response:
+            listed = (await response.json(content_type=None)) if response.status == 200 else {}
+        async with http.get(url + "/version", allow_redirects=False) as response:
+            told = (await response.json(content_type=None)) if response.status == 200 else {}
+            engine = f"vLLM {told['version']}" if isinstance(told, dict) and told.get("version") else None
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        raise NoResultError(f"{url} does not answer: {error or type(error).__name__}; is the server running?") from None
+    except ValueError:
+        listed = {}
+    if plan.server.model is not None:
+        return plan.server.model, engine
+    data = listed.get("data") if isinstance(listed, dict) else None
+    names = [entry["id"] for entry in data or [] if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+    if len(names) != 1:
+        raise InputError(f"server: model: the server lists {', '.join(names) or 'no model'}; name one in the plan")
+    return names[0], engine
+
+
+def operating_point(
+    plan: Plan, cell: Cell, run: Run, server: dict[str, Any]
+) -> tuple[dict[str, Any], list[str], dict[str, float]]:
+    """The row of one cell [s, tok, req/s], notes for the reader, and the client's own cost.
+
+    Means are over the requests of the window, throughput and the mean number in the system over its time; gaps between
+    chunks come from the stream itself; acceptance comes from the engine's counters over the window, where it has them.
+    Raises `NoResultError` when no measured request was completed."""
+    good = [sent for sent in run.measured if sent.ok]
+    if not good:
+        reason = next(
+            (sent.error for sent in run.sent if sent.error), f"none arrived in {plan.measure.most_seconds:g} s"
+        )
+        raise NoResultError(f"cell {cell.name}: no measured request was completed: {reason}")
+    windows = Windows([run.window if run.window[1] > run.window[0] else (run.window[0], run.window[0] + 1e-6)])
+    windows.add(_arrays(run.sent))
+    observed = windows.row(0)
+    gaps = np.concatenate([np.diff(sent.events) for sent in good])
+    if len(gaps) and cell.output_length > 1:
+        observed["itl_mean"] = float(gaps.mean())
+        observed |= {f"itl_{p}": float(np.percentile(gaps, int(p[1:]))) for p in PERCENTILES}
+    notes = []
+    row: dict[str, Any] = {"run": cell.name, "deployment": plan.identity.get("verifier") or server["verifier"]}
+    row |= {name: value for name, value in server.items() if value is not None}
+    row |= _engine_side(run, notes)
+    if cell.concurrency is not None:
+        row["concurrency"] = cell.concurrency
+    else:
+        offered, scv = windows.offered(0)
+        row["arrival_rate"] = cell.arrival_rate if cell.arrival_rate is not None else offered
+        row["arrival_process"] = None if cell.replay else cell.arrival_process
+        row["arrival_scv"] = _scv(cell, scv)
+    row |= {**observed, "window": "steady"}
+    row |= {"failed": sum(1 for sent in run.measured if not sent.ok), "temperature": plan.prompts.temperature}
+    row |= plan.identity
+    row |= dict(cell.identity)
+    row["run"] = f"{plan.identity['run']}__{cell.name}" if plan.identity.get("run") else cell.name
+    if row.get("draft_length") == 0:
+        row.setdefault("method", "none")
+    if run.ended == "time":
+        notes.append(f"ended by most_seconds {plan.measure.most_seconds:g} after {len(good)} measured requests")
+    width = relative_half_width([sent.latency for sent in good])
+    if plan.measure.until is not None and not width <= plan.measure.until:
+        notes.append(f"the mean latency is known to {width:.1%} only, not to {plan.measure.until:.1%}")
+    lag = np.array([sent.sent - sent.arrival for sent in run.sent])
+    cost = {
+        "cpu_seconds_per_request": run.cpu_seconds / max(len(run.sent), 1),
+        "send_lag_p99": float(np.percentile(lag, 99)),
+        "half_width": width if math.isfinite(width) else math.nan,
+    }
+    if cost["send_lag_p99"] > LATE:
+        notes.append(
+            f"the client was late: 1 % of requests left {cost['send_lag_p99'] * 1000:.0f} ms or more after their time"
+        )
+    return {name: value for name, value in row.items() if not _missing(value)}, notes, cost
+
+
+def _scv(cell: Cell, measured: float) -> float | None:
+    fixed = {"poisson": 1.0, "constant": 0.0, "gamma": cell.arrival_scv}
+    return measured if cell.replay else fixed[cell.arrival_process]
+
+
+def _engine_side(run: Run, notes: list[str]) -> dict[str, Any]:
+    """Acceptance, waiting, KV use and preemptions over the window, from the scrapes around it."""
+    if len(run.scrapes) < 2:
+        return {}
+    from ..traces.readers import counters, prometheus
+
+    start, end = run.window
+    before = max((i for i, (at, _) in enumerate(run.scrapes) if at <= start), default=0)
+    after = min((i for i, (at, _) in enumerate(run.scrapes) if at >= end), default=len(run.scrapes) - 1)
+    if after <= before:
+        return {}
+    try:
+        shots = prometheus.parse(scrapes_text(run.began_unix, run.scrapes[before : after + 1]), "/metrics")
+        row, _ = counters.operating_point(shots[0], shots[-1], between=shots[1:-1])
+    except TraceError as error:
+        notes.append(f"/metrics cannot be used: {error}")
+        return {}
+    names = ("tokens_per_step", "draft_acceptance_rate", "position_acceptance", "draft_length", "waiting_mean")
+    return {name: row[name] for name in (*names, "kv_usage_mean", "preemptions") if row.get(name) is not None}
+
+
+def _arrays(sent: list[Sent]) -> dict[str, np.ndarray]:
+    def column(value: Callable[[Sent], float | int | None]) -> np.ndarray:
+        return np.array([math.nan if (got := value(item)) is None else got for item in sent], float)
+
+    return {
+        "arrival_time": column(lambda item: item.arrival),
+        "schedule_time": np.full(len(sent), math.nan),
+        "first_token_time": column(lambda item: item.events[0] if item.events else None),
+        "completion_time": column(lambda item: item.completion),
+        "prompt_tokens": column(
+            lambda item: item.prompt_tokens if item.prompt_tokens is not None else item.asked_prompt
+        ),
+        "output_tokens": column(lambda item: item.output_tokens),
+        "drafted_tokens": np.full(len(sent), math.nan),
+        "accepted_tokens": np.full(len(sent), math.nan),
+        "stream_events": np.full(len(sent), math.nan),
+        "ok": np.array([float(item.ok) for item in sent]),
+    }
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _client(costs: list[dict[str, float]]) -> dict[str, float | None]:
+    if not costs:
+        return {"cpu_seconds_per_request": None, "send_lag_p99": None}
+    return {
+        "cpu_seconds_per_request": float(np.mean([cost["cpu_seconds_per_request"] for cost in costs])),
+        "send_lag_p99": float(max(cost["send_lag_p99"] for cost in costs)),
+    }
