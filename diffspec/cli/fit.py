@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffspec.cli.options import AllRows, AsJson
+from diffspec.cli.options import AllRows, AsJson, read_curve
 from diffspec.cli.output import deliver, note, progress_bar
 from diffspec.cli.prepare import prepare_jax
 
@@ -30,6 +30,10 @@ def command(
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Leave bad rows out; they go to MODEL.JSON.bad_rows.csv.")
     ] = False,
+    acceptance: Annotated[
+        Path | None,
+        typer.Option(metavar="CURVE.JSON", help="Acceptance of rows that tell none, from 'diffspec acceptance'."),
+    ] = None,
     all_rows: AllRows = False,
     plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw the rows against the fit beside MODEL.JSON.")] = (
         True
@@ -63,6 +67,8 @@ def command(
         raise InputError("--out is missing: diffspec fit TRACE... --out model.json")
     check_target(out, tuple(traces))
     trace = read_trace(traces, skip_bad_rows=skip_bad_rows)
+    if acceptance is not None:
+        trace = trace.with_acceptance(read_curve(acceptance))
     with progress_bar("fit") as progress:
         model = fit(
             trace,

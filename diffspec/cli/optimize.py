@@ -35,7 +35,7 @@ def command(
     deployment = read_model(model).deployment(asked.deployment)
     loop, loads = asked.loads()
     prompt, output, notes = asked.lengths(deployment)
-    acceptance = asked.acceptance(None)
+    acceptance = asked.acceptance_model(None)
     with progress_bar("optimize") as progress:
         answer = optimize(
             deployment,

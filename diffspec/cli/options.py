@@ -70,6 +70,10 @@ class WorkloadOptions:
         str | None,
         _option("--position-acceptance", '"A;B;C"', _ACCEPTANCE, "The acceptance rate of each draft position."),
     ] = None
+    acceptance: Annotated[
+        Path | None,
+        _option("--acceptance", "CURVE.JSON", _ACCEPTANCE, "A curve that 'diffspec acceptance' wrote, or a profile."),
+    ] = None
     max_batch_size: Annotated[
         float | None, _option("--max-batch-size", "B", _SERVER, "Most requests in one step; default: as measured.")
     ] = None
@@ -124,19 +128,21 @@ class WorkloadOptions:
         Workload(prompt_length=found[0], output_length=found[1], arrival_rate=1.0)  # checks their ranges
         return found[0], found[1], notes
 
-    def acceptance(self, draft_length: float | None) -> "AbstractAcceptance | None":
+    def acceptance_model(self, draft_length: float | None) -> "AbstractAcceptance | None":
         """The acceptance asked for, None for the deployment's own; without a draft length no --tokens-per-step."""
         import jax.numpy as jnp
 
         from diffspec.acceptance import ConstantAcceptance, PositionAcceptance, acceptance_from_tokens_per_step
         from diffspec.results import InputError
 
-        names = ("acceptance_rate", "tokens_per_step", "position_acceptance")
+        names = ("acceptance_rate", "tokens_per_step", "position_acceptance", "acceptance")
         given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
         if len(given) > 1:
             raise InputError(f"acceptance: got {' and '.join(given)}; allowed: at most one of them")
         if self.acceptance_rate is not None:
             return ConstantAcceptance(self.acceptance_rate)
+        if self.acceptance is not None:
+            return PositionAcceptance(jnp.asarray(read_curve(self.acceptance), dtype=float))
         if self.position_acceptance is not None:
             rates = _numbers(self.position_acceptance.replace(",", ";").split(";"), "--position-acceptance")
             return PositionAcceptance(jnp.asarray(rates, dtype=float))
@@ -158,7 +164,7 @@ class WorkloadOptions:
         """The deployment's configuration at this draft length, with what was asked for in place of its own."""
         return deployment.configuration(
             draft_length,
-            acceptance=self.acceptance(draft_length),
+            acceptance=self.acceptance_model(draft_length),
             max_batch_size=self.max_batch_size,
             drafter_params=self.drafter_params,
         )
@@ -223,6 +229,21 @@ def _numbers(texts: list[str], option: str) -> list[float]:
             raise InputError(f"{option}: got {text.strip()!r}; allowed: a finite number")
         values.append(value)
     return values
+
+
+def read_curve(path: Path) -> tuple[float, ...]:
+    """Conditional acceptance a_1, a_2, ... from a speculation profile, as `diffspec acceptance` writes it."""
+    from diffspec.traces.readers import speculation_profile
+    from diffspec.traces.source import Source
+
+    source = Source(path)
+    if not speculation_profile.recognises(source):
+        from diffspec.results import InputError
+
+        raise InputError(
+            f"{path}: no speculation profile; make one with 'diffspec acceptance FILE... --out {path.name}'"
+        )
+    return speculation_profile.read(source).conditional
 
 
 def read_model(path: Path) -> "FittedModel":

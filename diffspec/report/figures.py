@@ -303,6 +303,27 @@ def policy(answer: Mapping[str, Any], title: str = "draft length by load") -> Fi
     return figure
 
 
+def acceptance(groups: Sequence[Mapping[str, Any]], title: str = "acceptance by draft position") -> Figure:
+    """Conditional acceptance at each draft position with its 95 % interval, one line a group."""
+    figure, axes = _figure(1, 1, title, width=6.0, height=4.0)
+    ax = axes[0, 0]
+    for index, group in enumerate(groups):
+        places = np.array([entry["position"] for entry in group["positions"]]) + 0.06 * index
+        values, low, high = (
+            np.array([entry[name] for entry in group["positions"]]) for name in ("acceptance", "low", "high")
+        )
+        name = ", ".join(f"{key} {value}" for key, value in group["group"].items()) or "all"
+        # a rate of 0 or 1 has its interval on one side only
+        ends = np.maximum(np.stack([values - low, high - values]), 0.0)
+        ax.errorbar(places, values, ends, marker="o", capsize=3, linewidth=1.2, label=f"{name} ({group['units']})")
+    ax.set_xlabel("draft position")
+    ax.set_ylabel("P(accepted | all before it were)")
+    ax.set_ylim(0.0, 1.02)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(fontsize=8)
+    return figure
+
+
 def elasticities(answer: Mapping[str, Any], most: int = 15) -> Figure:
     """Bars of the largest elasticities, parameters and workload fields in two colours."""
     rows = [row for row in answer["elasticities"] if row["elasticity"]][:most][::-1]
