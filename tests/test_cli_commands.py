@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from fake_server import FakeServer, running
 from test_cli_main import TRACE, files_in, run, toy_deployment, toy_model
 
 from diffspec.fitting.deployment import FittedModel
@@ -356,12 +357,26 @@ def test_sensitivity_in_words(model):
     assert ran.code == 0 and "ttft_mean =" in ran.out and "elasticity" in ran.out
 
 
+def collected(folder) -> dict:
+    """The answer of `diffspec collect` against a server that only streams."""
+    plan = folder / "plan.yaml"
+    plan.write_text(
+        "limits: {max_rate: 100, max_requests: 50}\nmeasure: {requests: 5, warmup_requests: 1}\n"
+        "grid: {concurrency: 1, prompt_length: 4, output_length: 3}\n"
+    )
+    with running(FakeServer(first=0.005, gap=0.001)) as server:
+        return answer_of("collect", plan, "--url", server.url, "--out", folder / "collected")
+
+
 def test_readme_names_every_json_key(fitted, model):
     folder, fit_answer, _ = fitted
     speculative = (*LOAD, "--draft-length", "4")
     answers = {
         "fit": fit_answer,
         "check": answer_of("check", TRACE),
+        "import": answer_of("import", TRACE),
+        "acceptance": answer_of("acceptance", TRACE),
+        "collect": collected(folder),
         "evaluate": answer_of("evaluate", folder / "model.json", TRACE),
         "predict": answer_of("predict", model, *speculative),
         "optimize": answer_of("optimize", model, *LOAD, "--max-draft-length", "2"),

@@ -249,11 +249,13 @@ def test_the_csv_gives_the_rows_of_the_json(write):
     failed = benchmark(POISSON | {"rate": 1.234})
     failed["metrics"]["request_totals"] |= {"errored": 1}
     failed["metrics"]["request_latency"]["errored"] = summary(0.5)
-    several = [benchmark(CONCURRENT), failed, benchmark({"type_": "constant", "rate": 2.5})]
+    cut = {"successful": summary(3.8), "incomplete": summary(0.2), "errored": summary(0.0), "total": summary(4.0)}
+    several = [benchmark(CONCURRENT, request_concurrency=cut), failed, benchmark({"type_": "constant", "rate": 2.5})]
     by_json = read_trace(write(report(*several))).frame
     by_csv = read_trace(write(table(*several), "benchmarks.csv")).frame
     assert by_csv["source_row"].tolist() == [4, 5, 6] and by_csv["arrival_rate"].tolist()[1:] == [1.234, 2.5]
     assert by_csv["failed"].tolist() == [0, 1, 0]
+    assert by_csv["effective_batch_size"].tolist() == [4.0, 3.8, 3.8], "with the requests cut off at the end"
     for name in by_json.columns:
         if name not in ("source_file", "source_row"):
             known = by_json[name].notna()

@@ -11,9 +11,9 @@ import pytest
 
 from diffspec.results import TraceError
 from diffspec.traces import validate
+from diffspec.traces.gather import gather
 from diffspec.traces.join import join, run_name
 from diffspec.traces.readers.prometheus import parse, read
-from diffspec.traces.readers.vllm_bench import read_vllm_bench
 from diffspec.traces.source import Source
 
 FIXTURES = Path(__file__).parent / "fixtures" / "vllm"
@@ -198,6 +198,11 @@ def test_names():
     assert {run_name(name) for name in names} == {"x"}
 
 
+def results(path) -> pd.DataFrame:
+    """Rows of the benchmark results in a file or folder, as the readers give them."""
+    return pd.concat([frame for _, frame in gather([path]).points], ignore_index=True)
+
+
 RUNS = ["k0__p64_o64_r2", "k4_a90__p64_o64_r2"]
 
 
@@ -207,13 +212,13 @@ def test_real_runs_of_two_servers(shared, tmp_path):
     for run in RUNS:
         shutil.copy(folder / f"{run}.json", tmp_path)
         scrapes += [read(Source(folder / f"{run}.metrics_{when}.txt"))[0] for when in ("after", "before")]
-    frame, notes = join(read_vllm_bench(tmp_path), scrapes)
+    frame, notes = join(results(tmp_path), scrapes)
     assert len(frame) == 2 and not any("warm-up" in line or "in the result" in line for line in notes)
     assert frame["preemptions"].tolist() == [0, 0] and (frame["waiting_mean"] < 1e-3).all()
     # Both ran 60 requests of 64 tokens: the names decide; without names the mean latencies do.
     for snapshot, name in zip(scrapes, "abcd", strict=True):
         object.__setattr__(snapshot, "file", name)
-    again, notes = join(read_vllm_bench(tmp_path), scrapes)
+    again, notes = join(results(tmp_path), scrapes)
     assert sorted(taken(notes).values()) == ["b", "d"]
     pd.testing.assert_frame_equal(again, frame)
 
@@ -224,7 +229,7 @@ def test_counters_give_acceptance_to_a_result_that_lacks_it(shared, tmp_path):
     full = {key: value for key, value in record.items() if not isinstance(value, list) or len(value) < 12}
     (tmp_path / "bare.json").write_text(json.dumps({k: v for k, v in full.items() if not k.startswith("spec_decode")}))
     scrapes = [read(Source(folder / f"{RUNS[1]}.metrics_{when}.txt"))[0] for when in ("before", "after")]
-    frame, notes = join(read_vllm_bench(tmp_path / "bare.json"), scrapes)
+    frame, notes = join(results(tmp_path / "bare.json"), scrapes)
     row = frame.iloc[0]
     assert row["tokens_per_step"] == pytest.approx(record["spec_decode_acceptance_length"], rel=1e-12)
     assert np.cumprod(row["position_acceptance"]) == pytest.approx(

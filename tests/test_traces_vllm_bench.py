@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffspec.results import TraceError
-from diffspec.traces import TraceProblems, read_trace, read_vllm_bench
+from diffspec.traces import TraceProblems, read_trace
+from diffspec.traces.gather import gather
 from diffspec.traces.readers import bench_record
 
 
@@ -228,7 +229,7 @@ def test_an_older_client_without_token_totals_needs_the_lengths_beside_it(write)
     old = {k: v for k, v in PLAIN.items() if k not in ("total_input_tokens", "total_output_tokens", "completed")}
     with pytest.raises(TraceProblems, match=r"column 'prompt_length': the column is missing(.|\n)*'output_length'"):
         read_trace(write(old))
-    raw = read_vllm_bench(write(old))
+    raw = gather([write(old)]).points[0][1]
     assert any("older client: total_input_tokens is missing" in line for line in raw.attrs["warnings"])
     mended = read_trace(write(old | {"prompt_length": 64, "output_length": 32}))
     got = mended.frame.iloc[0]
@@ -428,13 +429,11 @@ def test_a_sweep_folder_counts_each_run_once(write, tmp_path):
     trace = read_trace(tmp_path / "sweep")
     assert sorted(trace.frame["n_requests"]) == [40, 40] and len(trace.sources) == 2
     assert any("summary.csv" in line and "warmup.json" in line for line in trace.warnings)
-    assert sorted(read_vllm_bench(tmp_path / "sweep")["source_file"]) == sorted(trace.sources)
     (tmp_path / "sweep" / "SERVE-a-BENCH-x" / "run=0.json").unlink()
-    partly = read_vllm_bench(tmp_path / "sweep")  # its summary.json stands in for the run that is gone
-    assert len(partly) == 2 and any(name.endswith("BENCH-x/summary.json") for name in partly["source_file"])
+    partly = read_trace(tmp_path / "sweep")  # its summary.json stands in for the run that is gone
+    assert len(partly) == 2 and any(name.endswith("BENCH-x/summary.json") for name in partly.sources)
     for name in ("SERVE-a-BENCH-x/summary.json", "SERVE-a-BENCH-y/summary.json", "SERVE-a-BENCH-y/run=0.json"):
         (tmp_path / "sweep" / name).unlink()
-    assert len(read_vllm_bench(tmp_path / "sweep")) == 2
     only = read_trace(tmp_path / "sweep")
     assert len(only) == 2 and only.sources == [str(tmp_path / "sweep" / "summary.csv")]
 
@@ -442,8 +441,8 @@ def test_a_sweep_folder_counts_each_run_once(write, tmp_path):
 def test_a_folder_without_results(tmp_path):
     (tmp_path / "table.csv").write_text("a,b\n")
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(TraceError, match="no result of vllm bench serve in this folder"):
-        read_vllm_bench(tmp_path)
+    with pytest.raises(TraceError, match="no trace in this folder"):
+        read_trace(tmp_path)
 
 
 @settings(max_examples=80, deadline=None)
@@ -522,7 +521,7 @@ def test_our_own_sweep_is_the_same_as_files_and_as_its_summary():
     """`vllm bench sweep serve` of vLLM 0.32: plain and two drafts, each at 2 req/s and at 2 in flight, twice."""
     folder = OWN.parent / "vllm_sweep" / "tiny"
     trace = read_trace(folder.parent)
-    assert len(trace) == 8 and sorted(read_vllm_bench(folder)["run"]) == sorted(trace.frame["run"])
+    assert len(trace) == 8 and sorted(read_trace(folder).frame["run"]) == sorted(trace.frame["run"])
     assert "SERVE--spec_k2-BENCH--c2/run=1" in set(trace.frame["run"])
     by_csv = read_trace(folder / "summary.csv").frame
     key = ["method", "concurrency", "e2e_mean"]

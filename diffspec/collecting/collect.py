@@ -84,7 +84,7 @@ async def _collect(plan: Plan, url: str, recorder: Recorder, beside: Path, progr
     todo = [cell for cell in cells if cell.name not in rows]
     measured, failed, warnings, costs = [], {}, [], []
     length = sum(plan.seconds(cell) for cell in todo) or 1.0
-    spent = 0.0
+    spent, sent = 0.0, 0
     async with session(plan.server, dict(os.environ)) as http:
         model, engine = await _ask_server(http, url, plan)
         for cell in todo:
@@ -101,9 +101,11 @@ async def _collect(plan: Plan, url: str, recorder: Recorder, beside: Path, progr
                     http,
                     url,
                     asks(plan, cell, model, beside),
+                    (plan.limits.max_requests or 0) - sent,
                     tell,
-                    lambda sent, cell=cell: recorder.add(cell, sent),
+                    lambda done, cell=cell: recorder.add(cell, done),
                 )
+                sent += len(run.sent)
                 row, notes, cost = operating_point(plan, cell, run, {"verifier": model, "engine": engine})
             except NoResultError as error:
                 failed[cell.name] = str(error)
@@ -155,9 +157,7 @@ def operating_point(
     Raises `NoResultError` when no measured request was completed."""
     good = [sent for sent in run.measured if sent.ok]
     if not good:
-        reason = next(
-            (sent.error for sent in run.sent if sent.error), f"none arrived in {plan.measure.most_seconds:g} s"
-        )
+        reason = next((sent.error for sent in run.sent if sent.error), _ends(plan).get(run.ended, "none arrived"))
         raise NoResultError(f"cell {cell.name}: no measured request was completed: {reason}")
     windows = Windows([run.window if run.window[1] > run.window[0] else (run.window[0], run.window[0] + 1e-6)])
     windows.add(_arrays(run.sent))
@@ -175,6 +175,7 @@ def operating_point(
     else:
         offered, scv = windows.offered(0)
         row["arrival_rate"] = cell.arrival_rate if cell.arrival_rate is not None else offered
+        row["offered_rate"] = offered
         row["arrival_process"] = None if cell.replay else cell.arrival_process
         row["arrival_scv"] = _scv(cell, scv)
     row |= {**observed, "window": "steady"}
@@ -184,8 +185,8 @@ def operating_point(
     row["run"] = f"{plan.identity['run']}__{cell.name}" if plan.identity.get("run") else cell.name
     if row.get("draft_length") == 0:
         row.setdefault("method", "none")
-    if run.ended == "time":
-        notes.append(f"ended by most_seconds {plan.measure.most_seconds:g} after {len(good)} measured requests")
+    if run.ended in _ends(plan):
+        notes.append(f"ended by {_ends(plan)[run.ended]} after {len(good)} measured requests")
     width = relative_half_width([sent.latency for sent in good])
     if plan.measure.until is not None and not width <= plan.measure.until:
         notes.append(f"the mean latency is known to {width:.1%} only, not to {plan.measure.until:.1%}")
@@ -200,6 +201,14 @@ def operating_point(
             f"the client was late: 1 % of requests left {cost['send_lag_p99'] * 1000:.0f} ms or more after their time"
         )
     return {name: value for name, value in row.items() if not _missing(value)}, notes, cost
+
+
+def _ends(plan: Plan) -> dict[str, str]:
+    """What may end a cell before it is complete, in words."""
+    return {
+        "time": f"most_seconds {plan.measure.most_seconds:g}",
+        "max_requests": f"limits: max_requests {plan.limits.max_requests}",
+    }
 
 
 def _scv(cell: Cell, measured: float) -> float | None:

@@ -71,8 +71,10 @@ def scrapes_text(began_unix: float, scrapes: list[tuple[float, str]]) -> str:
 class _Cell:
     """State of one cell while it runs."""
 
-    def __init__(self, plan: Plan, cell: Cell, http: "aiohttp.ClientSession", url: str, requests: Iterator[Ask]):
-        self.plan, self.cell, self.http, self.requests = plan, cell, http, requests
+    def __init__(
+        self, plan: Plan, cell: Cell, http: "aiohttp.ClientSession", url: str, requests: Iterator[Ask], allowed: int
+    ):
+        self.plan, self.cell, self.http, self.requests, self.allowed = plan, cell, http, requests, allowed
         self.chat = plan.server.endpoint == "chat"
         self.url = url + ("/v1/chat/completions" if self.chat else "/v1/completions")
         self.least = cell.requests or plan.measure.requests
@@ -89,6 +91,12 @@ class _Cell:
 
     def now(self) -> float:
         return time.perf_counter() - self.began
+
+    def spent(self) -> bool:
+        """Whether the cap on requests is reached; then the cell ends with what is complete."""
+        if len(self.tasks) >= self.allowed:
+            self._end("max_requests")
+        return self.over.is_set()
 
     def launch(self, ask: Ask, arrival: float) -> asyncio.Task:
         phase = self._phase(arrival)
@@ -161,11 +169,13 @@ async def drive(
     http: "aiohttp.ClientSession",
     url: str,
     requests: Iterator[Ask],
+    allowed: int,
     on_progress: Callable[[float], None] | None = None,
     on_sent: Callable[[Sent], None] | None = None,
 ) -> Run:
-    """Measure one cell. `on_progress` gets the share done; `on_sent` every request as it completes (or fails)."""
-    state = _Cell(plan, cell, http, url, requests)
+    """Measure one cell with at most `allowed` requests. `on_progress` gets the share done; `on_sent` every request as
+    it completes (or fails)."""
+    state = _Cell(plan, cell, http, url, requests, allowed)
     state.run.began_unix = time.time()
     cpu = time.process_time()
     helpers: list[asyncio.Future[None]] = [asyncio.ensure_future(_watch(state, on_progress))]
@@ -235,16 +245,23 @@ async def _open_loop(state: _Cell) -> None:
         due = ask.at or 0.0
         while (wait := due - state.now()) > 0:
             await asyncio.sleep(wait)
+        if state.spent():
+            return
         state.launch(ask, due)
     state.exhausted = True
     state._judge()
 
 
 async def _closed_loop(state: _Cell) -> None:
-    """Keep `concurrency` requests in flight."""
+    """Keep `concurrency` requests in flight, as long as that sends no more than the cap on the rate."""
+    rate = state.plan.limits.max_rate or math.inf
 
     async def place() -> None:
         for ask in state.requests:
+            while (wait := len(state.tasks) / rate - state.now()) > 0:
+                await asyncio.sleep(wait)
+            if state.spent():
+                return
             await asyncio.wait([state.launch(ask, state.now())])
 
     await asyncio.gather(*(place() for _ in range(state.cell.concurrency or 1)))

@@ -45,11 +45,11 @@ def lengths(mean: float, scv: float, random: np.random.Generator) -> Iterator[in
 
 def asks(plan: Plan, cell: Cell, model: str, folder: Path) -> Iterator[Ask]:
     """The requests of a cell, without end (a replay ends with its file, texts of a file are taken round and round)."""
-    random = np.random.default_rng([plan.measure.seed, cell.repeat, sum(cell.name.encode())])
+    random = np.random.default_rng([plan.measure.seed, cell.repeat, sum(cell.load_name.encode())])
     prompt_lengths = lengths(cell.prompt_length, cell.prompt_scv, random)
     output_lengths = lengths(cell.output_length, cell.output_scv, random)
-    texts = _texts(Path(plan.prompts.file)) if plan.prompts.file and plan.prompts.kind == "file" else None
-    replay = _replay(folder / cell.replay, cell.speedup) if cell.replay else None
+    texts = _texts(folder / plan.prompts.file) if plan.prompts.file and plan.prompts.kind == "file" else None
+    replay = _replay(folder / cell.replay, cell.speedup, plan.limits.max_rate) if cell.replay else None
     between = gaps(cell.arrival_process, cell.arrival_rate, cell.arrival_scv, random) if cell.arrival_rate else None
     at, index = 0.0, 0
     while True:
@@ -107,11 +107,16 @@ def _texts(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _replay(path: Path, speedup: float) -> list[tuple[float, float, float]]:
-    from ..traces.readers.arrivals import read
+def _replay(path: Path, speedup: float, max_rate: float | None) -> list[tuple[float, float, float]]:
+    from ..traces.readers.arrivals import read, summary
     from ..traces.source import Source
 
     frame = read(Source(path))
+    peak = summary(frame)["peak_rate"] * speedup
+    if max_rate is not None and peak > max_rate:
+        raise InputError(
+            f"replay {path}: peaks at {peak:.3g} req/s, above limits: max_rate {max_rate:g}; lower speedup"
+        )
     columns = [frame[name].to_numpy(float) for name in ("arrival_time", "prompt_tokens", "output_tokens")]
     times = (columns[0] - columns[0][0]) / speedup
     known = [np.where(np.isnan(values), 0.0, values) for values in columns[1:]]

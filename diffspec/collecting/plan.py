@@ -1,7 +1,9 @@
 """What to measure, as data: a plan with its server, caps and prompts, and its cells, each one load at one shape."""
 
 import itertools
+import re
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from ..results import InputError
@@ -28,7 +30,8 @@ class Server:
 
 @dataclass(frozen=True)
 class Limits:
-    """Caps that no plan may pass: `max_rate` [req/s], `max_requests` over the whole plan, `max_concurrency` [req]."""
+    """Caps that no plan may pass: `max_rate` [req/s] (the mean of an open loop, any minute of a replay; a closed loop
+    is held back at it), `max_requests` in one collection, warm-up and cool-down included, `max_concurrency` [req]."""
 
     max_rate: float | None = None
     max_requests: int | None = None
@@ -86,7 +89,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """A name for files: lengths, load, and what differs from Poisson arrivals and fixed lengths."""
+        """A name for files: the load and the columns that are the cell's own."""
+        return _for_files([self.load_name, *(str(value) for _, value in self.identity)])
+
+    @property
+    def load_name(self) -> str:
+        """Lengths, load, and what differs from Poisson arrivals and fixed lengths; cells alike in it share draws."""
         load = (
             f"c{self.concurrency}" if self.concurrency else f"r{self.arrival_rate:g}" if self.arrival_rate else "replay"
         )
@@ -96,10 +104,10 @@ class Cell:
         if self.prompt_scv or self.output_scv:
             parts.append(f"scv{self.prompt_scv:g}-{self.output_scv:g}")
         if self.replay:
-            parts.append(f"x{self.speedup:g}")
+            parts += [Path(self.replay).stem, f"x{self.speedup:g}"]
         if self.repeat > 1:
             parts.append(f"rep{self.repeat}")
-        return "_".join(parts)
+        return _for_files(parts)
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,10 @@ class Plan:
             "seconds_at_most": sum(cell["seconds_at_most"] for cell in cells),
             "limits": asdict(self.limits),
         }
+
+
+def _for_files(parts: list[str]) -> str:
+    return re.sub(r"[^\w.+-]+", "-", "_".join(parts))
 
 
 def cell_fields() -> list[str]:

@@ -101,7 +101,9 @@ def _block(frame, rows, curve) -> Block:
     is_open = not math.isnan(frame["arrival_rate"].iloc[rows[0]])
     steady = np.array([frame["window"].iloc[i] == "steady" for i in rows])
     n_requests = np.where(steady, NEVER_ENDING, column("n_requests", NEVER_ENDING))
-    load = {"arrival_rate": column("arrival_rate", 1.0), "n_requests": n_requests}
+    # a short window of random arrivals sees another rate than the one that was asked for
+    rate = column("offered_rate", column("arrival_rate", 1.0))
+    load = {"arrival_rate": rate, "n_requests": n_requests}
     workload = batched(
         Workload,
         prompt_length=column("prompt_length", 1.0),

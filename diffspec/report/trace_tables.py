@@ -131,6 +131,8 @@ def imported(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
     """What `diffspec import` says."""
     files = [(entry["file"], entry["format"], entry["gives"]) for entry in answer["files"]]
     yield table("recognised", ("file", "format", "gives"), files[:20], left=3)
+    for name, handled in {entry["format"]: entry["handled"] for entry in answer["files"]}.items():
+        yield f"{name}: {handled}"
     if len(files) > 20:
         yield f"... and {len(files) - 20} more files"
     for entry in answer["arrivals"]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .problems import Problem, TraceProblems
     from .quality import Finding, QualityReport, check, set_aside_reasons
-    from .readers.vllm_bench import read_vllm_bench
     from .schema import COLUMNS, Column, template
     from .table import read_table, validate
     from .trace import Trace, read_trace, rows_to_csv, to_csv, to_parquet
@@ -28,7 +27,6 @@ __all__ = [
     "matches",
     "read_table",
     "read_trace",
-    "read_vllm_bench",
     "rows_to_csv",
     "set_aside_reasons",
     "template",
@@ -43,7 +41,6 @@ _HOMES = {
     "schema": ("COLUMNS", "Column", "template"),
     "table": ("read_table", "validate"),
     "trace": ("Trace", "read_trace", "rows_to_csv", "to_csv", "to_parquet"),
-    "readers.vllm_bench": ("read_vllm_bench",),
     "where": ("matches",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -39,12 +39,14 @@ GIVES = ("operating points", "requests", "counters", "acceptance", "step times",
 class Format:
     """One format. `name`, as users call it; `gives`, one of `GIVES`; `recognises(source)` by content; `read(source)`:
     for operating points the raw frame that `validate` takes (cells as found, `source_file`, `source_row`, and
-    ``frame.attrs["warnings"]`` and ``["problems"]``), for the others what the reader's module says."""
+    ``frame.attrs["warnings"]`` and ``["problems"]``), for the others what the reader's module says; `handled`, the
+    units and meanings in which the format differs from the table, and what is made of them."""
 
     name: str
     gives: str
     recognises: Callable[[Source], bool]
     read: Callable[[Source], Any]
+    handled: str
 
 
 def _is_table(source: Source) -> bool:
@@ -57,49 +59,86 @@ FORMATS: tuple[Format, ...] = (
         "operating points",
         lambda source: is_bench_record(source.first),
         vllm_bench.read_bench,
+        "milliseconds; acceptance in percent and marginal by position, made conditional; TPOT without the first token",
     ),
     Format(
         "vllm bench serve JSON in seconds",
         "operating points",
         lambda source: is_seconds_record(source.first),
         vllm_bench.read_seconds,
+        "seconds; TPOT without the first token",
     ),
     Format(
         "vllm bench sweep summary",
         "operating points",
         sweep_summary.recognises,
         sweep_summary.read_sweep_summary,
+        "milliseconds; acceptance in percent and marginal by position, made conditional",
     ),
     Format(
         "SGLang bench_serving JSON lines",
         "operating points",
         lambda source: sglang_bench.is_sglang_record(source.first),
         sglang_bench.read_sglang_bench,
+        "milliseconds; accept_length counts from the server's start; ITL per token is not taken for a step",
     ),
     Format(
         "GuideLLM report",
         "operating points",
         lambda source: guidellm.is_report(source.first),
         guidellm.read_guidellm,
+        "milliseconds, request latency in seconds; its TPOT holds the first token: its ITL is the tpot here",
     ),
-    Format("GuideLLM CSV", "operating points", guidellm_csv.recognises, guidellm_csv.read_guidellm_csv),
+    Format(
+        "GuideLLM CSV",
+        "operating points",
+        guidellm_csv.recognises,
+        guidellm_csv.read_guidellm_csv,
+        "milliseconds, request latency in seconds; its TPOT holds the first token: its ITL is the tpot here",
+    ),
     Format(
         "InferenceX results",
         "operating points",
         lambda source: inferencex.is_aggregate(source.first),
         inferencex.read_inferencex,
+        "seconds",
     ),
-    Format("/metrics of vLLM or SGLang", "counters", prometheus.recognises, prometheus.read),
-    Format("vllm bench forward JSON", "step times", step_samples.recognises, step_samples.read),
-    Format("speculation profile", "acceptance", speculation_profile.recognises, speculation_profile.read),
-    Format("per-request metrics", "acceptance", request_metrics.recognises, request_metrics.read),
-    Format("request table", "requests", requests.recognises, requests.read),
-    Format("arrivals", "arrivals", arrivals.recognises, arrivals.read),
+    Format(
+        "/metrics of vLLM or SGLang",
+        "counters",
+        prometheus.recognises,
+        prometheus.read,
+        "seconds; counters are differenced; acceptance by position is marginal, made conditional",
+    ),
+    Format(
+        "vllm bench forward JSON",
+        "step times",
+        step_samples.recognises,
+        step_samples.read,
+        "microseconds; forward passes alone, without sampling and scheduling",
+    ),
+    Format(
+        "speculation profile",
+        "acceptance",
+        speculation_profile.recognises,
+        speculation_profile.read,
+        "conditional and marginal acceptance told apart",
+    ),
+    Format(
+        "per-request metrics",
+        "acceptance",
+        request_metrics.recognises,
+        request_metrics.read,
+        "milliseconds; a request's mean_itl_ms is a time per token",
+    ),
+    Format("request table", "requests", requests.recognises, requests.read, "seconds; steady windows"),
+    Format("arrivals", "arrivals", arrivals.recognises, arrivals.read, "dates, seconds or milliseconds, by the format"),
     Format(
         "operating-point table",
         "operating points",
         _is_table,
         lambda source: table_from_bytes(source.data, source.file),
+        "seconds; acceptance conditional by position",
     ),
 )
 

@@ -8,17 +8,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..results import InputError, TraceError
-from .formats import Format, read_source, recognise
+from ..results import InputError
+from .folders import traces_in
+from .formats import Format, read_source
 from .join import join, points
 from .problems import Problem
 from .readers import arrivals
 from .schema import RESERVED
 from .source import Source
 
-COLLECTED = "operating_points.csv"
-"""A folder with this table was written by `diffspec collect`; the rest of it is the same measurements in the raw."""
-_NOT_RUNS = ("summary.json", "warmup.json")
 _NOT_TRACES = {
     "acceptance": "acceptance, not a benchmark: diffspec acceptance reads it",
     "arrivals": "arrivals without latencies: diffspec import summarises it, a plan of diffspec collect replays it",
@@ -28,8 +26,8 @@ _NOT_TRACES = {
 @dataclass
 class Gathered:
     """What was found. `points`, raw frames of operating points with the file each came from; `others`, what is no
-    operating point, as (format, file, what the reader gave); `recognised`, {"file", "format", "gives"} of every file;
-    `warnings`, one line each."""
+    operating point, as (format, file, what the reader gave); `recognised`, of every file its "file" (name), "format",
+    what it "gives" and how its units are "handled"; `warnings`, one line each."""
 
     points: list[tuple[str, pd.DataFrame]] = field(default_factory=list)
     others: list[tuple[Format, str, Any]] = field(default_factory=list)
@@ -49,7 +47,9 @@ def gather(paths: Sequence[str | Path]) -> Gathered:
     snapshots = []
     for path in paths:
         for found, file, value in _read(Path(path), gathered):
-            gathered.recognised.append({"file": file, "format": found.name, "gives": found.gives})
+            gathered.recognised.append(
+                {"file": file, "format": found.name, "gives": found.gives, "handled": found.handled}
+            )
             if found.gives in ("operating points", "requests"):
                 gathered.points.append((file, value))
             elif found.gives == "counters":
@@ -116,49 +116,10 @@ def step_points(samples: pd.DataFrame, file: str) -> pd.DataFrame:
 
 
 def _read(path: Path, gathered: Gathered) -> list[tuple[Format, str, Any]]:
-    if not path.is_dir():
-        found, value = read_source(Source(path))
-        return [(found, str(path), value)]
-    if (path / COLLECTED).is_file():
-        return _read(path / COLLECTED, gathered)
-    read: list[tuple[Format, str, Any]] = []
-    skipped = []
-    for item in sorted(path.rglob("*")):
-        if not item.is_file() or any(part.startswith(".") for part in item.relative_to(path).parts):
-            continue
-        try:
-            source = Source(item)
-            found = None if item.name in _NOT_RUNS or item.name.endswith("failure.json") else recognise(source)
-        except TraceError as error:
-            if item.suffix.lower() in (".json", ".jsonl"):
-                raise
-            found = None
-            gathered.warnings.append(str(error))
-        if found is None:
-            skipped.append(str(item.relative_to(path)))
-        else:
-            read.append((found, str(item), found.read(source)))
-    read, twice = _once(read)
-    skipped += [str(Path(file).relative_to(path)) for file in twice]
-    if skipped:
-        more = f" and {len(skipped) - 8} more" if len(skipped) > 8 else ""
-        gathered.warnings.append(f"{path}: skipped, no results of single runs: {', '.join(skipped[:8])}{more}")
-    if not read:
-        raise Problem("no trace in this folder", file=str(path), advice="name its files one by one").error()
-    return read
-
-
-def _once(read: list[tuple[Format, str, Any]]) -> tuple[list[tuple[Format, str, Any]], list[str]]:
-    """Leave out what repeats the runs of a folder in another form: a sweep's summary beside its runs, request tables
-    beside benchmark results."""
-    names = {found.name for found, _, _ in read}
-    runs = "vllm bench serve JSON" in names
-    points_there = any(found.gives == "operating points" for found, _, _ in read)
-
-    def repeats(found: Format) -> bool:
-        return (runs and found.name == "vllm bench sweep summary") or (points_there and found.gives == "requests")
-
-    return [item for item in read if not repeats(item[0])], [file for found, file, _ in read if repeats(found)]
+    if path.is_dir():
+        return [(found, source.file, found.read(source)) for found, source in traces_in(path, gathered.warnings)]
+    found, value = read_source(Source(path))
+    return [(found, str(path), value)]
 
 
 def _join(gathered: Gathered, snapshots: list[Any]) -> None:

@@ -1,6 +1,7 @@
 """What is wrong with a trace: problems as values, gathered, and raised once as one error."""
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ LISTED = 10  # problems spelled out in one message; the rest are counted
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong at one place. `row` counts as a spreadsheet does (the header is row 1); it is None when the
-    whole table is at fault. `got` is the value as found, `allowed` what would have been right, `advice` the mend."""
+    whole table is at fault. `got` is the value as found, shortened, `allowed` what would have been right, `advice` the
+    mend."""
 
     message: str = ""
     file: str | None = None
@@ -25,6 +27,13 @@ class Problem:
     allowed: str | None = None
     advice: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "got", shorten(self.got))
+
+    def __deepcopy__(self, memo: Any) -> "Problem":
+        """Itself: pandas copies the problems of a frame with each of its columns."""
+        return self
+
     def error(self) -> TraceError:
         """The problem as a `TraceError`."""
         return TraceError(
@@ -32,7 +41,7 @@ class Problem:
             file=self.file,
             row=self.row,
             column=self.column,
-            got=shorten(self.got),
+            got=self.got,
             allowed=self.allowed,
             advice=self.advice,
         )
@@ -73,8 +82,20 @@ def shorten(value: Any) -> Any:
         return value if len(value) <= 60 else value[:57] + "..."
     if value is None or isinstance(value, (bool, int, float)):
         return value if not isinstance(value, int) or abs(value) < 10**30 else "an integer of more than 30 digits"
-    text = str(value)
+    try:
+        text = str(value)
+    except (RecursionError, ValueError):  # nested deeply, or an integer of thousands of digits
+        text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """The names that come more than once, sorted.
+
+    >>> repeated(["b", "a", "c", "b", "a"])
+    ['a', 'b']
+    """
+    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def near(name: str, among: Iterable[str]) -> str | None:

@@ -18,6 +18,7 @@ from .trace import Trace
 LITTLE = (0.94, 1.06)
 RENEWAL_TOLERANCE = 0.02
 LONGEST_SHARE = 0.25  # of a run that one request may last in an open loop
+KEPT_UP = 0.9  # of what arrives in a steady window that is completed in it, at least
 LOOPS = 4  # requests per place in a closed loop, at least
 
 
@@ -82,9 +83,13 @@ def check(trace: Trace) -> QualityReport:
 def set_aside_reasons(frame: pd.DataFrame) -> list[str | None]:
     """Why a row is not fitted unless asked for, or None: failed requests; an open loop with
     ``arrival_rate*e2e_mean/n_requests > 0.25`` (one request lasts over a quarter of the run); a closed loop with
-    ``n_requests < 4*concurrency``. What is unknown is not held against a row; a missing `e2e_mean` is estimated as
+    ``n_requests < 4*concurrency``; an open loop whose steady window completes less than 0.9 of what arrives in it
+    (``throughput/offered_rate``: the queue grows). A steady window has its warm-up behind it: it need only be longer
+    than a request. What is unknown is not held against a row; a missing `e2e_mean` is estimated as
     ``ttft_mean + tpot_mean*(output_length - 1)``."""
     e2e = _e2e(frame)
+    steady = (frame["window"] == "steady").to_numpy(bool)
+    kept_up = (frame["throughput"] / frame["offered_rate"]).to_numpy(float)
     reasons: list[str | None] = []
     for index in range(len(frame)):
         rate, users, count, failed = (
@@ -93,13 +98,21 @@ def set_aside_reasons(frame: pd.DataFrame) -> list[str | None]:
         share = rate * e2e[index] / count if count > 0 else math.nan
         if failed > 0:
             reasons.append(f"{failed:g} requests failed")
-        elif share > LONGEST_SHARE:
+        elif steady[index] and kept_up[index] < KEPT_UP:
+            reasons.append(
+                f"overloaded: {kept_up[index]:.2f} of what arrived in the window was completed in it "
+                f"(throughput/offered_rate); allowed: at least {KEPT_UP:g}"
+            )
+        elif share > (1.0 if steady[index] else LONGEST_SHARE):
             reasons.append(
                 f"not stationary: a request lasts {share:.2f} of the run (arrival_rate*e2e_mean/n_requests); "
-                f"allowed: up to {LONGEST_SHARE:g}"
+                f"allowed: up to {1.0 if steady[index] else LONGEST_SHARE:g}"
             )
-        elif count < LOOPS * users:
-            reasons.append(f"too short: {count:g} requests for {users:g} in flight; allowed: at least {LOOPS} each")
+        elif count < (1 if steady[index] else LOOPS) * users:
+            reasons.append(
+                f"too short: {count:g} requests for {users:g} in flight; "
+                f"allowed: at least {1 if steady[index] else LOOPS} each"
+            )
         else:
             reasons.append(None)
     return reasons
@@ -237,7 +250,8 @@ def _overload(frame: pd.DataFrame) -> Finding:
 
 
 def _start_burst(frame: pd.DataFrame) -> Finding:
-    burst = (frame["concurrency"] / frame["n_requests"]).where(frame["ttft_p99"].notna()).to_numpy(float)
+    told = frame["ttft_p99"].notna() & (frame["window"] != "steady")
+    burst = (frame["concurrency"] / frame["n_requests"]).where(told).to_numpy(float)
     warning = "ttft_p99 of a closed loop is the burst at its start, not steady state; do not fit or limit it"
     return _judge("start burst", frame, burst, burst >= 0.01, "below 0.01 of the requests", warning)
 

@@ -141,8 +141,11 @@ def _rows(
             drifting += 1
             continue
         given = {key: value for key, value in identity.items() if value is not None}
+        offered, scv = windows.offered(index)
+        if identity.get("arrival_rate") is not None:
+            row["offered_rate"] = offered
         if is_log:
-            row["arrival_rate"], scv = windows.offered(index)
+            row["arrival_rate"] = offered
             if not math.isnan(scv):
                 row["arrival_scv"] = scv
             if len(windows.windows) > 1:

@@ -135,6 +135,7 @@ COLUMNS: tuple[Column, ...] = (
     *_latencies(),
     _positive("throughput", "observed", "req/s", 1e6, "completed requests per second"),
     _text("window", "observed", "what was averaged: a whole run from empty to drained, or a steady part", WINDOWS),
+    _positive("offered_rate", "observed", "req/s", 1e6, "arrivals per second in the window, as they happened"),
     _positive("n_requests", "observed", "req", 1e12, "completed requests measured", "integer"),
     _from_zero("failed", "observed", "req", 1e12, "requests that failed", "integer"),
     _positive("effective_batch_size", "observed", "req", 1e6, "mean requests in the system"),

@@ -7,11 +7,14 @@ canonical frame. What is wrong with single rows while reading (too few or too ma
 
 import csv
 import io
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
-from .problems import Problem
+from ..results import TraceError
+from .problems import Problem, repeated
 from .schema import NAMES, RESERVED
 from .validation import validate
 
@@ -26,6 +29,8 @@ _MAGIC = (
     (b"SQLite format 3", "an SQLite database", "export the table as CSV"),
     (b"version https://git-lfs", "a Git LFS pointer, not the data", "run: git lfs pull"),
 )
+MOST_CELLS, MOST_COLUMNS = 5_000_000, 1000
+"""Largest table of operating points, a row counting as all columns of the table at least."""
 
 
 def read_bytes(path: str | Path, at_most: int = -1) -> bytes:
@@ -33,6 +38,9 @@ def read_bytes(path: str | Path, at_most: int = -1) -> bytes:
     unreadable."""
     file = str(path)
     try:
+        if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+            advice = "write it to a file first: it is read more than once"
+            raise Problem("no regular file but a pipe or a device", file=file, advice=advice).error()
         with Path(path).open("rb") as opened:
             data = opened.read(at_most)
     except FileNotFoundError:
@@ -86,10 +94,22 @@ def decode(data: bytes, file: str) -> str:
 
 
 def _parquet(data: bytes, file: str) -> pd.DataFrame:
+    import pyarrow
+    import pyarrow.parquet
+
     if len(data) < 12 or not data.endswith(b"PAR1"):
         raise Problem("the Parquet file is cut off", file=file, advice="copy or write it again").error()
     try:
-        frame = pd.read_parquet(io.BytesIO(data))
+        opened, held, batches = pyarrow.parquet.ParquetFile(io.BytesIO(data)), 0, []
+        _check_size(opened.metadata.num_rows * max(opened.metadata.num_columns, len(NAMES)), file)
+        _check_header([str(name).strip() for name in opened.schema_arrow.names], file)
+        for batch in opened.iter_batches(batch_size=1024):  # a small file may hold very much
+            held += batch.nbytes
+            _check_size(held // 100, file)
+            batches.append(batch)
+        frame = pyarrow.Table.from_batches(batches, opened.schema_arrow).to_pandas()
+    except TraceError:
+        raise
     except Exception as error:  # pyarrow raises many kinds, some of them OSError
         raise Problem(f"the Parquet file cannot be read: {str(error)[:200]}", file=file).error() from None
     frame = frame.reset_index(drop=True)
@@ -106,20 +126,23 @@ def _csv(text: str, file: str) -> pd.DataFrame:
         raise Problem("this is JSON, not a table", file=file, advice="read_trace detects benchmark JSON").error()
     header_line = text.lstrip("\r\n").split("\n", 1)[0]
     delimiter = max(",\t;", key=header_line.count)
+    header: list[str] = []
+    numbered: list[tuple[int, list[str]]] = []
+    held = 0
     try:
-        # csv.reader is lazy: the list makes its errors appear here.
-        lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        for row, cells in enumerate(csv.reader(csv_lines(text), delimiter=delimiter, strict=True), start=1):
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not numbered:
+                header = _header(cells, file)
+            numbered.append((row, cells))
+            held += max(len(cells), len(NAMES))
+            _check_size(held, file)
     except csv.Error as error:
         reason = "a quoted cell is never closed" if "unexpected end" in str(error) else str(error)
         raise Problem(f"not valid CSV: {reason}", file=file, advice="the file may be cut off").error() from None
-    numbered = [(row, cells) for row, cells in enumerate(lines, start=1) if any(cell.strip() for cell in cells)]
     if not numbered:
         raise Problem("the file is empty", file=file, allowed="a header line and at least one row").error()
-    header = numbered[0][1]
-    header = [cell.strip() for cell in header]
-    while header and not header[-1]:
-        header.pop()
-    _check_header(header, file)
     width, rows, body, problems = len(header), [], [], []
     for row, cells in numbered[1:]:
         spare = [cell for cell in cells[width:] if cell.strip()]
@@ -135,9 +158,31 @@ def _csv(text: str, file: str) -> pd.DataFrame:
     return _sourced(pd.DataFrame(body, columns=names, dtype=object), file, rows, problems)
 
 
+def csv_lines(text: str) -> Iterator[str]:
+    """The lines of a text with their ends, as `csv.reader` takes them, one at a time: `io.StringIO` holds a text in
+    four bytes a character."""
+    return (found.group() for found in re.finditer(r"[^\r\n]*(\r\n?|\n)|[^\r\n]+", text))
+
+
+def _check_size(cells: int, file: str) -> None:
+    if cells > MOST_CELLS:
+        advice = "is every row a run? Of requests give arrival_time and completion_time, and they are streamed"
+        raise Problem("too large for operating points", file, allowed=f"{MOST_CELLS} cells", advice=advice).error()
+
+
+def _header(cells: list[str], file: str) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    while header and not header[-1]:
+        header.pop()
+    _check_header(header, file)
+    return header
+
+
 def _check_header(header: list[str], file: str) -> None:
     named = [name for name in header if name]
-    twice = sorted({name for name in named if named.count(name) > 1})
+    if len(named) > MOST_COLUMNS:
+        raise Problem("too many columns", file, 1, None, len(named), f"up to {MOST_COLUMNS}").error()
+    twice = repeated(named)
     if twice:
         raise Problem(
             "duplicate column names", file=file, row=1, column=twice[0], got=", ".join(twice), allowed="each name once"

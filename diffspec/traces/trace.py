@@ -27,7 +27,7 @@ class Trace:
 
     `frame`, the canonical frame (see `validate`); `warnings`, one line each; `bad_rows`, the rows set aside while
     reading, as they were found, with a column `problem` (None unless asked for); `sources`, the files read;
-    `recognised`, the format of each file named, as {"file", "format", "gives"}.
+    `recognised`, the format of each file named, as {"file", "format", "gives", "handled"}.
     """
 
     frame: pd.DataFrame

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from . import consistency
-from .problems import Problem, near
+from .problems import Problem, near, repeated
 from .schema import COLUMNS, DEFAULT_DEPLOYMENT, NAMES, NUMBER_NAMES, OBSERVABLES, RESERVED, TEXT_NAMES
 from .sheet import Sheet, is_missing, parse_number
 
@@ -30,13 +30,14 @@ def validate(frame: pd.DataFrame, file: str | None = None) -> tuple[pd.DataFrame
     "runs.csv, row 2, column 'ttft_mean': got -1.0; allowed: above 0, up to 3600 s"
     """
     names = [str(name) for name in frame.columns]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = repeated(names)
     if twice:
         problem = Problem("duplicate column names", file, 1, twice[0], ", ".join(twice), "each name once")
         return _empty(), [], [problem]
-    frame = frame.set_axis(names, axis=1).reset_index(drop=True)
     problems: list[Problem] = list(frame.attrs.get("problems", ()))
     warnings: list[str] = list(frame.attrs.get("warnings", ()))
+    frame = frame.set_axis(names, axis=1).reset_index(drop=True)
+    frame.attrs = {}  # pandas copies them with every column that is taken
     if not len(frame):
         return _empty(), warnings, problems or [Problem("the table has no rows", file, allowed="at least one row")]
     sheet = Sheet(frame, file, _live(frame, file, problems))

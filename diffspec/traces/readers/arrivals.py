@@ -17,12 +17,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..problems import Problem
+from ..problems import Problem, repeated
 from ..source import Source
 
 COLUMNS = ("arrival_time", "prompt_tokens", "output_tokens")
 PEAK_WINDOW = 60.0
 """Length of the window over which the peak rate is counted [s]."""
+LATEST, SHORTEST = 1e12, 1e-9
+"""No time in seconds is later, and no trace shorter [s]."""
+MOST_ROWS = 50_000_000
+"""Most arrivals in a Parquet file, whose size says nothing of their number."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ def summary(frame: pd.DataFrame) -> dict[str, float]:
     times = np.sort(frame["arrival_time"].to_numpy(float))
     duration = float(times[-1] - times[0]) if len(times) else 0.0
     gaps = np.diff(times)
+    duration = duration if duration > SHORTEST else 0.0
     rate = (len(times) - 1) / duration if duration > 0 else math.nan
     found = {
         "n_requests": float(len(times)),
@@ -133,9 +138,12 @@ def _table(source: Source, layout: _Layout) -> pd.DataFrame:
     import pyarrow.parquet
 
     names = [name for name in layout.columns if name in source.columns]
+    twice = repeated(name for name in source.columns if name in names)
+    if twice:
+        raise Problem("duplicate column names", source.file, 1, twice[0], allowed="each name once").error()
     try:
         if source.kind == "parquet":
-            return pyarrow.parquet.read_table(source.path, columns=names).to_pandas()
+            return _parquet(source, names)
         header = source.head.decode("utf-8-sig", "replace").lstrip("\r\n \t").split("\n", 1)[0]
         table = pyarrow.csv.read_csv(
             source.path,
@@ -151,6 +159,28 @@ def _table(source: Source, layout: _Layout) -> pd.DataFrame:
         raise Problem(
             f"the table cannot be read: {reason}", source.file, advice="the file may be cut off"
         ).error() from None
+
+
+def _parquet(source: Source, names: list[str]) -> pd.DataFrame:
+    """Columns of a Parquet file: numbers, text or times, and nothing else."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_metadata(source.path).num_rows
+    if rows > MOST_ROWS:
+        raise ValueError(f"{rows} rows; up to {MOST_ROWS} can be held")
+    table = pyarrow.parquet.read_table(source.path, columns=names)
+    for name in names:
+        kind = table.schema.field(name).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        checks = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
+        checks += (pa.types.is_string, pa.types.is_large_string, pa.types.is_timestamp, pa.types.is_date)
+        if not any(check(kind) for check in checks):
+            raise ValueError(f"column {name} holds {kind}, not numbers")
+        if pa.types.is_decimal(kind):
+            kind = pa.float64()
+        table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(kind))
+    return table.to_pandas(ignore_metadata=True)
 
 
 def _skipped(source: Source) -> int:
@@ -179,7 +209,7 @@ def _times(cells: pd.Series, layout: _Layout, source: Source) -> np.ndarray:
         seconds = (stamps - stamps.min()).dt.total_seconds().to_numpy(float)
     else:
         seconds = _numbers(cells) * layout.unit
-        bad = ~np.isfinite(seconds)
+        bad = ~(np.abs(seconds) <= LATEST)
     if bad.any():
         at = int(np.flatnonzero(bad)[0])
         raise Problem(
@@ -207,6 +237,8 @@ def _numbers(cells: pd.Series) -> np.ndarray:
     """Cells as floats, NaN where they are none: numbers, or text that is one; no booleans, no dates."""
     if cells.dtype == object:
         cells = pd.Series([_plain(cell) for cell in cells], dtype=float)
+    elif pd.api.types.is_datetime64_any_dtype(cells.dtype):
+        return np.full(len(cells), math.nan)
     return np.asarray(pd.to_numeric(cells, errors="coerce"), float)
 
 

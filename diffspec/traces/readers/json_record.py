@@ -14,6 +14,8 @@ SEVERAL = 1.25
 """Tokens in a stream event from which on an engine is taken to draft."""
 WAITED = 0.02
 """Share of e2e that requests may wait in the client before an open loop is no open loop any more."""
+LARGEST = 1e30
+"""No number of a benchmark is larger, and none but 0 is below ``1/LARGEST``: products and quotients stay finite."""
 
 
 class Unit(NamedTuple):
@@ -60,9 +62,10 @@ class Record:
             number = float(value)
         except (TypeError, OverflowError):
             number = math.inf
-        if math.isfinite(number) and number >= low:
-            return number
-        self.complain(key, allowed=f"a finite number, at least {low:g}")
+        if low <= number <= LARGEST:
+            return number if abs(number) * LARGEST >= 1 else 0.0
+        most = f" and at most {LARGEST:g}" if LARGEST < number < math.inf else ""
+        self.complain(key, allowed=f"a finite number, at least {low:g}{most}")
         return math.nan
 
     def numbers(self, key: str) -> list[float] | None:
@@ -97,14 +100,16 @@ class Record:
 
 
 def finite(value: Any) -> list[float] | None:
-    """A list of finite numbers >= 0 as floats, None for anything else."""
+    """A list of finite numbers from 0 to `LARGEST` as floats, None for anything else."""
     if not isinstance(value, list) or any(type(item) not in (int, float) for item in value):
         return None
     try:
         numbers = [float(item) for item in value]
     except OverflowError:
         return None
-    return numbers if all(math.isfinite(item) and item >= 0 for item in numbers) else None
+    if not all(0 <= item <= LARGEST for item in numbers):
+        return None
+    return [item if item * LARGEST >= 1 else 0.0 for item in numbers]
 
 
 def text(value: Any) -> str | None:

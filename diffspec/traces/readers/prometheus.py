@@ -163,7 +163,8 @@ def parse(text: str, file: str = "the text") -> list[Snapshot]:
             if mark:
                 blocks.append(_Block(row, _time(mark[1], file, row)))
             continue
-        wire = _WIRE.get(line.split("{", 1)[0].split(None, 1)[0]) if line.strip() else None
+        words = line.split("{", 1)[0].split(None, 1)
+        wire = _WIRE.get(words[0]) if words else None
         if wire is None:
             continue
         try:

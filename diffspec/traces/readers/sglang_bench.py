@@ -86,7 +86,9 @@ def read_record(record: dict[str, Any], run: str) -> tuple[dict[str, Any], list[
     read_latencies(source, row, MILLISECONDS, {"e2e": "e2e_latency"})
     _drop_unstreamed(row, notes)
     held = source.number("concurrency")
-    row["effective_batch_size"] = row.get("e2e_mean", math.nan) * completed / duration if math.isnan(held) else held
+    if math.isnan(held) and duration > 0:
+        held = row.get("e2e_mean", math.nan) * completed / duration
+    row["effective_batch_size"] = held
     note_waiting(source, row, notes)
     _speculation(source, server, row, notes)
     _details(source, row, notes)

@@ -10,13 +10,14 @@ import csv
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ..problems import Problem
+from ..problems import Problem, repeated
 from ..schema import TEXT_NAMES
 from ..source import Source
 from .bench_record import is_bench_record, read_record
@@ -53,7 +54,7 @@ def results(source: Source) -> Iterable[Result]:
     finally:
         csv.field_size_limit(usual)
     header = [cell.strip() for cell in lines[0]]
-    twice = sorted({name for name in header if name and header.count(name) > 1})
+    twice = repeated(name for name in header if name)
     if twice:
         raise Problem("duplicate column names", source.file, 1, twice[0], ", ".join(twice), "each name once").error()
     stem = Path(source.file).stem
@@ -84,7 +85,8 @@ def value(name: str, cell: str) -> Any:
         return {"inf": "inf", "nan": math.nan, "true": True, "false": False}[cell.lower()]
     if cell.startswith(("[", "{", "(")):
         try:
-            return ast.literal_eval(cell)
+            with warnings.catch_warnings(action="ignore"):  # of the parser, about odd literals
+                return ast.literal_eval(cell)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             return cell
     return cell
