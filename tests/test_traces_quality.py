@@ -241,3 +241,25 @@ def test_the_noisy_measurements_show_their_noise(shared):
     assert report.stationary.count(False) == 15
     noise = finding(report, "repeats").value
     assert noise is not None and 0.02 < noise < 0.06
+
+
+def steady_rows(**cells) -> pd.DataFrame:
+    row = dict(arrival_rate=5.0, prompt_length=64, output_length=64, draft_length=0, e2e_mean=1.0, window="steady")
+    return validate(pd.DataFrame([row | cells]))[0]
+
+
+def test_a_steady_window_may_hold_few_requests_but_not_fill_up():
+    # a third of the window long: set aside were it a whole run
+    assert set_aside_reasons(steady_rows(n_requests=15, throughput=5.0, offered_rate=5.0)) == [None]
+    assert "not stationary" in str(set_aside_reasons(steady_rows(n_requests=15, throughput=5.0, window="run")))
+    assert "of the run" in str(set_aside_reasons(steady_rows(n_requests=4, throughput=5.0, offered_rate=5.0)))
+    # 100 arrive, 80 are completed: 20 are left, more than 3*sqrt(5) + 3 = 9.7
+    assert "overloaded" in str(set_aside_reasons(steady_rows(n_requests=100, throughput=4.0, offered_rate=5.0)))
+    # 20 arrive, 16 are completed: chance
+    assert set_aside_reasons(steady_rows(n_requests=20, throughput=4.0, offered_rate=5.0)) == [None]
+
+
+def test_the_start_burst_is_no_matter_in_a_steady_window():
+    row = dict(arrival_rate=None, concurrency=8.0, n_requests=48, throughput=8.0, ttft_mean=0.1, ttft_p99=0.3)
+    assert not [item for item in check(Trace(steady_rows(**row))).warnings if item.check == "start burst"]
+    assert [item for item in check(Trace(steady_rows(**row, window="run"))).warnings if item.check == "start burst"]

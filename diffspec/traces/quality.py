@@ -81,15 +81,18 @@ def check(trace: Trace) -> QualityReport:
 
 @np.errstate(all="ignore")
 def set_aside_reasons(frame: pd.DataFrame) -> list[str | None]:
-    """Why a row is not fitted unless asked for, or None: failed requests; an open loop with
-    ``arrival_rate*e2e_mean/n_requests > 0.25`` (one request lasts over a quarter of the run); a closed loop with
-    ``n_requests < 4*concurrency``; an open loop whose steady window completes less than 0.9 of what arrives in it
-    (``throughput/offered_rate``: the queue grows). A steady window has its warm-up behind it: it need only be longer
-    than a request. What is unknown is not held against a row; a missing `e2e_mean` is estimated as
+    """Why a row is not fitted unless asked for, or None.
+
+    Failed requests; an open loop with ``arrival_rate*e2e_mean/n_requests > 0.25`` (one request lasts over a quarter of
+    the run); a closed loop with ``n_requests < 4*concurrency``. A steady window has its warm-up behind it: it need only
+    be longer than a request, but must not fill up: it is set aside when it completes less than 0.9 of what arrives
+    (``throughput/offered_rate``) and leaves more than ``3*sqrt(B) + 3`` requests, which a stable system does not. What
+    is unknown is not held against a row; a missing `e2e_mean` is estimated as
     ``ttft_mean + tpot_mean*(output_length - 1)``."""
     e2e = _e2e(frame)
     steady = (frame["window"] == "steady").to_numpy(bool)
     kept_up = (frame["throughput"] / frame["offered_rate"]).to_numpy(float)
+    held = np.where(np.isnan(frame["effective_batch_size"]), frame["throughput"] * e2e, frame["effective_batch_size"])
     reasons: list[str | None] = []
     for index in range(len(frame)):
         rate, users, count, failed = (
@@ -98,7 +101,7 @@ def set_aside_reasons(frame: pd.DataFrame) -> list[str | None]:
         share = rate * e2e[index] / count if count > 0 else math.nan
         if failed > 0:
             reasons.append(f"{failed:g} requests failed")
-        elif steady[index] and kept_up[index] < KEPT_UP:
+        elif steady[index] and kept_up[index] < KEPT_UP and (1 - kept_up[index]) * count > 3 * held[index] ** 0.5 + 3:
             reasons.append(
                 f"overloaded: {kept_up[index]:.2f} of what arrived in the window was completed in it "
                 f"(throughput/offered_rate); allowed: at least {KEPT_UP:g}"
@@ -244,8 +247,8 @@ def _accepts_nothing(frame: pd.DataFrame) -> Finding:
 
 
 def _overload(frame: pd.DataFrame) -> Finding:
-    values = (frame["throughput"] / frame["arrival_rate"]).to_numpy(float)
-    warning = "throughput below 0.9*arrival_rate: the run drained after the last arrival, or was overloaded"
+    values = (frame["throughput"] / frame["offered_rate"].fillna(frame["arrival_rate"])).to_numpy(float)
+    warning = "throughput below 0.9 of the arrivals: the run drained after the last arrival, or was overloaded"
     return _judge("open loops keep up", frame, values, values < 0.9, "at least 0.9", warning, np.negative)
 
 
