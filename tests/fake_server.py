@@ -20,6 +20,7 @@ class FakeServer:
     places: int = 1000
     fail: int | None = None
     broken_after: int | None = None
+    tells_metrics: bool = False
     received: list[dict] = field(default_factory=list)
     drafts: int = 0
     accepted: int = 0
@@ -52,7 +53,16 @@ class FakeServer:
             self.accepted += body["max_tokens"] - chunks
             prompt = body.get("prompt") or body["messages"][0]["content"].split()
             usage = {"prompt_tokens": len(prompt), "completion_tokens": body["max_tokens"]}
-            await response.write(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode())
+            last = {"choices": [], "usage": usage}
+            if self.tells_metrics:  # every draft of per_chunk - 1 tokens is accepted
+                k = self.per_chunk - 1
+                steps = {"num_spec_steps": chunks - 1, "acceptance_histogram": [0] * k + [chunks - 1]}
+                steps |= {"num_draft_tokens": k * (chunks - 1), "num_accepted_draft_tokens": k * (chunks - 1)}
+                last["metrics"] = {
+                    "time_to_first_token_ms": 1.0,
+                    "speculative_decoding": steps | {"num_spec_tokens": k},
+                }
+            await response.write(f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n".encode())
             return response
 
     async def models(self, request: web.Request) -> web.Response:

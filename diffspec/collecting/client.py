@@ -39,6 +39,8 @@ class Sent:
     phase: str = "warmup"
     error: str | None = None
     metrics: dict[str, Any] | None = None
+    task: str | None = None
+    temperature: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -82,7 +84,14 @@ async def send(http: "aiohttp.ClientSession", url: str, chat: bool, ask: Ask, ar
     import aiohttp
 
     clock = time.perf_counter
-    sent = Sent(arrival, clock() - began, asked_prompt=ask.prompt_length, asked_output=ask.output_length)
+    sent = Sent(
+        arrival,
+        clock() - began,
+        asked_prompt=ask.prompt_length,
+        asked_output=ask.output_length,
+        task=ask.task,
+        temperature=ask.body.get("temperature"),
+    )
     chunks: list[tuple[float, bytes]] = []
     size = 0
     try:

@@ -15,12 +15,14 @@ from .plan import Cell, Plan
 
 @dataclass(frozen=True)
 class Ask:
-    """One request to send: `at` [s] after the cell began (None in closed loops: at once), lengths [tok], its body."""
+    """One request to send: `at` [s] after the cell began (None in closed loops: at once), lengths [tok], its body, and
+    the `task` that a file of prompts names."""
 
     at: float | None
     prompt_length: int
     output_length: int
     body: dict[str, Any]
+    task: str | None = None
 
 
 def gaps(process: str, rate: float, scv: float | None, random: np.random.Generator) -> Iterator[float]:
@@ -67,7 +69,8 @@ def asks(plan: Plan, cell: Cell, model: str, folder: Path) -> Iterator[Ask]:
         entry = texts[index % len(texts)] if texts else {}
         output = int(entry.get("output_length") or output)
         timed = None if cell.concurrency is not None else at
-        yield Ask(timed, prompt, output, _body(plan, model, _prompt(plan, entry, prompt, random), output))
+        body = _body(plan, model, _prompt(plan, entry, prompt, random), output)
+        yield Ask(timed, prompt, output, body, str(entry["task"]) if entry.get("task") else None)
         index += 1
 
 

@@ -131,6 +131,8 @@ def _raw(sent: Sent) -> dict[str, Any]:
         "output_tokens": sent.output_tokens,
         "drafted_tokens": speculation.get("num_draft_tokens"),
         "accepted_tokens": speculation.get("num_accepted_draft_tokens"),
+        "task": sent.task,
+        "temperature": sent.temperature,
         "error": sent.error,
         "events": [round(moment, 6) for moment in sent.events],
         "metrics": sent.metrics,

@@ -131,6 +131,13 @@ FORMATS: tuple[Format, ...] = (
         request_metrics.read,
         "milliseconds; a request's mean_itl_ms is a time per token",
     ),
+    Format(
+        "raw requests of diffspec collect",
+        "acceptance",
+        lambda source: isinstance(source.first, dict) and {"cell", "began_unix"} <= set(source.first),
+        request_metrics.read,
+        "the engine's own account of each request, where it gave one",
+    ),
     Format("request table", "requests", requests.recognises, requests.read, "seconds; steady windows"),
     Format("arrivals", "arrivals", arrivals.recognises, arrivals.read, "dates, seconds or milliseconds, by the format"),
     Format(

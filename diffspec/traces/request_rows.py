@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..results import TraceError
+from .json_text import parse_json
 from .problems import Problem
 from .schema import COLUMNS
 from .source import Source
@@ -20,6 +21,9 @@ BAD_SHARE = 0.01
 CLOCK_SLACK = 1e-3
 """Events of two processes may be stamped this much [s] out of order."""
 BATCH_ROWS = 1 << 18
+LATEST = 1e12
+"""No time in seconds is later."""
+_MOST_NESTED = 1000
 
 
 class RequestRows:
@@ -41,6 +45,8 @@ class RequestRows:
                 parse_options=pyarrow.csv.ParseOptions(delimiter=max(",\t;", key=line.count)),
                 convert_options=pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True),
             )
+        if kind == "json":
+            _check_nesting(source)
         with _AsTraceError(source):
             self.dataset = pyarrow.dataset.dataset(str(source.path), format=kind)
         names = self.dataset.schema.names
@@ -118,8 +124,8 @@ class RequestRows:
                 tokens_bad |= (requests[name] < 0) | np.isinf(requests[name]) | (requests[name] > 1e9)
             span = done - arrival
             checks = {
-                "no finite arrival_time": ~np.isfinite(arrival),
-                "no finite completion_time": ok & ~np.isfinite(done),
+                "no finite arrival_time in seconds": ~(np.abs(arrival) <= LATEST),
+                "no finite completion_time in seconds": ok & ~(np.abs(done) <= LATEST),
                 "completion before arrival": ok & (span < -CLOCK_SLACK),
                 "a request longer than a day (times are in seconds)": ok & (span > 86400.0),
                 "first token before arrival or after completion": ok
@@ -163,6 +169,17 @@ def _plain(value: Any) -> Any:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     return str(value).strip() or None if isinstance(value, str) else value
+
+
+def _check_nesting(source: Source) -> None:
+    """Raise `TraceError` for JSON lines nested so deeply that the table library would overrun its stack."""
+    with source.path.open("rb") as lines:
+        for row, line in enumerate(lines, start=1):
+            if line.count(b"[") + line.count(b"{") > _MOST_NESTED:
+                try:
+                    parse_json(line.decode("utf-8", "replace"), source.file)
+                except TraceError as error:
+                    raise Problem(str(error).removeprefix(f"{source.file}: "), source.file, row).error() from None
 
 
 class _AsTraceError:

@@ -166,12 +166,14 @@ def _parquet(source: Source, names: list[str]) -> pd.DataFrame:
     import pyarrow as pa
     import pyarrow.parquet
 
-    rows = pyarrow.parquet.read_metadata(source.path).num_rows
-    if rows > MOST_ROWS:
-        raise ValueError(f"{rows} rows; up to {MOST_ROWS} can be held")
-    table = pyarrow.parquet.read_table(source.path, columns=names)
+    opened = pyarrow.parquet.ParquetFile(source.path)
+    if opened.metadata.num_rows > MOST_ROWS:
+        raise ValueError(f"{opened.metadata.num_rows} rows; up to {MOST_ROWS} can be held")
+    found = {str(name).strip(): str(name) for name in opened.schema_arrow.names}
+    table = opened.read(columns=[found[name] for name in names])
+    columns = {}
     for name in names:
-        kind = table.schema.field(name).type
+        kind = table.schema.field(found[name]).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         checks = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
         checks += (pa.types.is_string, pa.types.is_large_string, pa.types.is_timestamp, pa.types.is_date)
@@ -179,8 +181,8 @@ def _parquet(source: Source, names: list[str]) -> pd.DataFrame:
             raise ValueError(f"column {name} holds {kind}, not numbers")
         if pa.types.is_decimal(kind):
             kind = pa.float64()
-        table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(kind))
-    return table.to_pandas(ignore_metadata=True)
+        columns[name] = table[found[name]].cast(kind)
+    return pa.table(columns).to_pandas()
 
 
 def _skipped(source: Source) -> int:
@@ -203,6 +205,8 @@ def _row(source: Source, at: int) -> int:
 def _times(cells: pd.Series, layout: _Layout, source: Source) -> np.ndarray:
     name, allowed = layout.columns[0], "a time"
     if layout.unit is None:
+        if source.kind == "json":
+            cells = cells.map(lambda cell: cell if isinstance(cell, str) else None)
         stamps = pd.to_datetime(cells, errors="coerce", format="ISO8601", utc=True)
         bad = stamps.isna().to_numpy(bool)
         allowed = "a date and time such as 2023-11-16 18:17:03.9799600"
