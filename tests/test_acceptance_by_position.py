@@ -108,6 +108,19 @@ def test_the_verdict_tells_the_trend(rates, verdict):
     assert few.independent_steps and few.verdict in (verdict, "cannot tell")
 
 
+def test_one_request_or_one_step_decides_nothing():
+    """A position that one request reached once, and a rate of one, keep an interval of honest width."""
+    random = np.random.default_rng(11)
+    reached, accepted = np.zeros((25, 4)), np.zeros((25, 4))
+    reached[:, 0], accepted[:, 0] = 40, random.binomial(40, 0.4, 25)
+    reached[0, 1:], accepted[0, 1:] = 1, 1
+    found = estimate(AcceptanceCounts(accepted, reached, {}, "request"))
+    assert found.positions[3].low < 0.3 and found.positions[3].high == 1.0
+    assert found.verdict == "cannot tell"
+    sure = estimate(AcceptanceCounts(np.full((30, 2), 4.0), np.full((30, 2), 4.0), {}, "request"))
+    assert sure.positions[0].acceptance == 1.0 and 0.9 < sure.positions[0].low < 0.99
+
+
 def test_groups_by_task_and_output_position(tmp_path):
     random = np.random.default_rng(8)
     records = [response(random, (0.9, 0.8), task="code") for _ in range(60)]

@@ -162,13 +162,86 @@ def test_the_caps_hold_while_running(tmp_path):
         with pytest.raises(NoResultError, match="max_requests 60"):
             collect(plan, tmp_path / "a")
     assert 0 < len(server.received) <= 60
-    with running(FakeServer(first=0.0, gap=0.0)) as server:
-        plan = read_plan(caps + measure + "grid: {concurrency: 8, output_length: 2}\n", url=server.url)
-        row = next(iter(collect(plan, tmp_path / "b").rows.values()))
-    assert row["throughput"] <= 110
+    with running(FakeServer(first=0.0, gap=0.0)) as server:  # held back it would not be eight in flight
+        plan = read_plan(
+            caps.replace("100", "20") + measure + "grid: {concurrency: 8, output_length: 2}\n", url=server.url
+        )
+        with pytest.raises(NoResultError, match="max_rate 20"):
+            collect(plan, tmp_path / "b")
+    assert len(server.received) <= 60
+
+
+@pytest.mark.parametrize("loop", ["arrival_rate: 40, arrival_process: constant", "concurrency: 10"])
+def test_a_cell_that_ends_early_counts_what_it_saw(tmp_path, loop):
+    """Cut off by its confidence, the window ends where counting ends: the load in it is the load that was sent."""
+    measure = "measure: {requests: 30, warmup_requests: 4, until: 0.5, most_requests: 500, settle_seconds: 0}\n"
+    with running(FakeServer(first=0.25, gap=0.0)) as server:
+        row = next(
+            iter(collect(plan_of(f"[{{{loop}, output_length: 2}}]", server.url, measure), tmp_path).rows.values())
+        )
+    assert row["n_requests"] >= 30
+    assert row["throughput"] * row["e2e_mean"] == pytest.approx(row["effective_batch_size"], rel=0.15)
+    if "offered_rate" in row:
+        assert row["offered_rate"] == pytest.approx(40, rel=0.1)
+    else:
+        assert row["effective_batch_size"] == pytest.approx(10, rel=0.1)
+
+
+def test_a_server_that_breaks_down_leaves_no_row(tmp_path):
+    class Breaking(FakeServer):
+        async def completions(self, request):
+            self.fail = 503 if len(self.received) >= 22 else None
+            return await super().completions(request)
+
+    with running(Breaking(first=0.005)) as server:
+        plan = plan_of("[{concurrency: 2, output_length: 3}]", server.url)
+        with pytest.raises(NoResultError, match="measured requests failed: HTTP 503"):
+            collect(plan, tmp_path / "out")
+    assert not (tmp_path / "out" / "operating_points.csv").exists()
+
+
+def test_the_engine_contradicts_the_plan(tmp_path):
+    with running(FakeServer(per_chunk=3)) as server, pytest.raises(NoResultError, match="the engine's counters 3"):
+        collect(plan_of("[{concurrency: 2, output_length: 9}]", server.url), tmp_path / "out")
+
+
+def test_what_is_not_streamed_has_no_time_per_token(tmp_path):
+    with running(FakeServer(gap=0.0, per_chunk=2)) as server:
+        plan = plan_of("[{concurrency: 1, output_length: 3, requests: 5}]", server.url)
+        row = collect(plan, tmp_path / "out").rows["p64_o3_c1"]
+    assert "tpot_mean" not in row or row["tpot_mean"] > 0
+    assert len(read_trace(tmp_path / "out")) == 1
+
+
+def test_each_cell_has_its_temperature(tmp_path):
+    with running(FakeServer()) as server:
+        plan = plan_of("[{concurrency: 1, output_length: 3, requests: 4, temperature: [0, 0.7]}]", server.url)
+        rows = collect(plan, tmp_path / "out").rows
+    assert [row["temperature"] for row in rows.values()] == [0, 0.7]
+    assert {body["temperature"] for body in server.received} == {0, 0.7}
+
+
+def test_nothing_to_measure_needs_no_server(tmp_path):
+    with running(FakeServer()) as server:
+        plan = plan_of("[{concurrency: 1, output_length: 3, requests: 4}]", server.url)
+        collect(plan, tmp_path / "out")
+    (tmp_path / "out" / "operating_points.csv").unlink()
+    assert collect(plan, tmp_path / "out").kept == ["p64_o3_c1"]
+    assert len(read_trace(tmp_path / "out")) == 1
+    other = plan_of("[{concurrency: 1, output_length: 3, requests: 5}]", server.url)
+    with pytest.raises(InputError, match="was measured as another plan asked"):
+        collect(other, tmp_path / "out")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "requests.csv").write_text("mine\n")
+    with pytest.raises(InputError, match="no collection"):
+        collect(plan, tmp_path / "foreign")
 
 
 def test_a_replay_may_not_pass_the_rate(tmp_path):
+    (tmp_path / "at_once.csv").write_text("arrival_time\n" + "5.0\n" * 50)
+    plan = plan_of("[{replay: at_once.csv}]")
+    with pytest.raises(InputError, match="peaks at nan"):
+        next(asks(plan, plan.cells()[0], "m", tmp_path))
     (tmp_path / "log.csv").write_text("arrival_time\n" + "".join(f"{0.001 * i}\n" for i in range(500)))
     plan = plan_of("[{replay: log.csv}]")
     with pytest.raises(InputError, match="peaks at 1e"):
@@ -290,6 +363,21 @@ def test_half_width_is_that_of_batch_means():
         (CAPS + "identity: {drafft_length: 3}\ngrid: [{concurrency: 1}]", "did you mean 'draft_length'"),
         (CAPS + "measure: {requests: many}\ngrid: [{concurrency: 1}]", "a number"),
         (CAPS + "measure: {until: 3}\ngrid: [{concurrency: 1}]", "until"),
+        (CAPS + "measure: {seed: -3}\ngrid: [{concurrency: 1}]", "seed"),
+        (CAPS + "measure: {seed: 1.5}\ngrid: [{concurrency: 1}]", "whole number"),
+        (CAPS + "measure: {warmup_requests: -500}\ngrid: [{concurrency: 1}]", "warmup_requests"),
+        (CAPS + "measure: {scrape_seconds: 0.0001}\ngrid: [{concurrency: 1}]", "scrape_seconds"),
+        (CAPS + "prompts: {vocabulary: 0}\ngrid: [{concurrency: 1}]", "vocabulary"),
+        (CAPS + "prompts: {words: []}\ngrid: [{concurrency: 1}]", "words"),
+        (CAPS + "prompts: {words: 5}\ngrid: [{concurrency: 1}]", "a list"),
+        (CAPS + "server: {extra: 5}\ngrid: [{concurrency: 1}]", "a mapping"),
+        (CAPS + "server: {extra: {n: 2}}\ngrid: [{concurrency: 1}]", "the plan itself decides"),
+        (CAPS + "server: {timeout: -1}\ngrid: [{concurrency: 1}]", "timeout"),
+        (CAPS + "grid: [{concurrency: 1, prompt_length: []}]", "empty list"),
+        (CAPS + "grid: [{concurrency: 1, draft_length: [0, 4]}]", "draft_length"),
+        (CAPS + "grid: [{arrival_rate: 1, arrival_process: [poisson, gamma], arrival_scv: 4}]", "entry of its own"),
+        (CAPS + "identity: {deployment: 2026-01-01}\ngrid: [{concurrency: 1}]", "deployment"),
+        (CAPS + "identity: {draft_length: four}\ngrid: [{concurrency: 1}]", "draft_length"),
         (CAPS + "server: {metrics: 3}\ngrid: [{concurrency: 1}]", "true or false"),
         (CAPS + "server: {endpoint: chat}\ngrid: [{concurrency: 1}]", "token_ids needs the completions"),
         ("[" * 5000, "not valid YAML"),

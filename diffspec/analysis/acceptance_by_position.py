@@ -83,9 +83,15 @@ def estimate(counts: AcceptanceCounts, group: dict[str, str] | None = None) -> A
     if clustered:
         errors = (counts.accepted[:, :known] - rates * counts.reached[:, :known]) / reached
         covariance = units / (units - 1) * errors.T @ errors
-        bounds = [_logit_interval(rate, math.sqrt(covariance[i, i])) for i, rate in enumerate(rates)]
+        # Units that all agree say nothing of their spread: no variance falls below that of independent steps.
+        covariance += np.diag(np.maximum(_binomial(rates, reached) - np.diag(covariance), 0.0))
+        several = (counts.reached[:, :known] > 0).sum(axis=0) >= FEW_UNITS
+        bounds = [
+            _logit_interval(rate, math.sqrt(covariance[i, i])) if several[i] else _wilson(rate, reached[i])
+            for i, rate in enumerate(rates)
+        ]
     else:
-        covariance = np.diag(np.maximum(rates * (1 - rates), 1e-12) / reached)
+        covariance = np.diag(_binomial(rates, reached))
         bounds = [_wilson(rate, count) for rate, count in zip(rates, reached, strict=True)]
     positions = tuple(
         PositionEstimate(index + 1, float(rates[index]), low, high, float(reached[index]))
@@ -149,6 +155,13 @@ def _stacked(parts: Sequence[AcceptanceCounts]) -> AcceptanceCounts:
     return AcceptanceCounts(accepted, reached, labels, parts[0].unit)
 
 
+def _binomial(rates: np.ndarray, reached: np.ndarray) -> np.ndarray:
+    """Variance of proportions of independent steps, with two successes and two failures added (Agresti and Coull): it
+    is not zero where all or none were accepted."""
+    adjusted = (rates * reached + 2) / (reached + 4)
+    return adjusted * (1 - adjusted) / reached
+
+
 def _wilson(rate: float, count: float) -> tuple[float, float]:
     """Wilson's score interval of a proportion of `count` independent steps."""
     centre = (rate + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
@@ -158,8 +171,8 @@ def _wilson(rate: float, count: float) -> tuple[float, float]:
 
 def _logit_interval(rate: float, error: float) -> tuple[float, float]:
     """An interval made symmetric in the logit, so that it stays within 0 and 1 (delta method)."""
-    if rate <= 0.0 or rate >= 1.0 or error == 0.0:
-        return float(rate), float(rate)
+    if rate <= 0.0 or rate >= 1.0:
+        return (0.0, min(1.0, _Z * error)) if rate <= 0.0 else (max(0.0, 1.0 - _Z * error), 1.0)
     centre, half = math.log(rate / (1 - rate)), _Z * error / (rate * (1 - rate))
     return 1 / (1 + math.exp(half - centre)), 1 / (1 + math.exp(-half - centre))
 
@@ -201,6 +214,11 @@ def study(gathered: Gathered, by: Sequence[str] = ()) -> tuple[dict[str, Any], s
         answer = {"groups": [], "profile": group | {"tokens_per_step": profile.tokens_per_step}}
         return answer | {"sources": gathered.recognised, "warnings": warnings}, write(profile)
     groups = estimates(found, [name for name in by if name != "output_position"])
+    if at_output and not any(len(counts.reached) for counts in acceptance_counts(gathered, by_output_position=True)):
+        raise InputError(
+            "by: output_position needs the steps of each request: start vLLM with --per-request-spec-decode-metrics "
+            "detailed"
+        )
     if at_output:
         groups += estimates(acceptance_counts(gathered, by_output_position=True), ["output_position"])[1:]
     if groups[0].independent_steps:

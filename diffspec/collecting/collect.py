@@ -16,12 +16,14 @@ from ..results import InputError, NoResultError, TraceError
 from ..traces.schema import PERCENTILES
 from ..traces.windows import Windows
 from .client import Sent, session
-from .drive import Run, drive, relative_half_width, scrapes_text
+from .drive import QUICK, Allowance, Run, drive, relative_half_width, scrapes_text
 from .load import asks
 from .plan import Cell, Plan
 from .record import Recorder
 
 Progress = Callable[[str, float], None]
+MOST_LOST = 0.05
+"""Share of failed requests among the measured above which a cell counts as failed."""
 LATE = 0.005
 """Send lag [s] at the 99th percentile beyond which the client itself is called slow."""
 
@@ -72,6 +74,8 @@ def collect(plan: Plan, out: Path, *, beside: Path = Path(), progress: Progress 
     Raises `InputError` for an address or folder that cannot be used, and `NoResultError` when the server does not
     answer. A cell that fails is reported and the rest is measured."""
     url = check_url(plan.server.url)
+    for cell in plan.cells():  # files that the plan names are read before anything is sent
+        next(asks(plan, cell, "", beside), None)
     recorder = Recorder(out, plan)
     recorder.open()
     return asyncio.run(_collect(plan, url, recorder, beside, progress or (lambda what, share: None)))
@@ -84,9 +88,9 @@ async def _collect(plan: Plan, url: str, recorder: Recorder, beside: Path, progr
     todo = [cell for cell in cells if cell.name not in rows]
     measured, failed, warnings, costs = [], {}, [], []
     length = sum(plan.seconds(cell) for cell in todo) or 1.0
-    spent, sent = 0.0, 0
+    spent, allowance = 0.0, Allowance(plan.limits.max_requests or 0)
     async with session(plan.server, dict(os.environ)) as http:
-        model, engine = await _ask_server(http, url, plan)
+        model, engine = await _ask_server(http, url, plan) if todo else ("", None)
         for cell in todo:
             share, weight = spent / length, plan.seconds(cell) / length
             recorder.start(cell, {"url": url, "model": model, "began_unix": time.time(), "engine": engine})
@@ -101,11 +105,10 @@ async def _collect(plan: Plan, url: str, recorder: Recorder, beside: Path, progr
                     http,
                     url,
                     asks(plan, cell, model, beside),
-                    (plan.limits.max_requests or 0) - sent,
+                    allowance,
                     tell,
                     lambda done, cell=cell: recorder.add(cell, done),
                 )
-                sent += len(run.sent)
                 row, notes, cost = operating_point(plan, cell, run, {"verifier": model, "engine": engine})
             except NoResultError as error:
                 failed[cell.name] = str(error)
@@ -125,19 +128,9 @@ async def _collect(plan: Plan, url: str, recorder: Recorder, beside: Path, progr
 
 async def _ask_server(http, url: str, plan: Plan) -> tuple[str, str | None]:
     """The model to ask for and the engine's version, as the server tells them."""
-    import aiohttp
-
-    engine = None
-    try:
-        async with http.get(url + "/v1/models", allow_redirects=False) as response:
-            listed = (await response.json(content_type=None)) if response.status == 200 else {}
-        async with http.get(url + "/version", allow_redirects=False) as response:
-            told = (await response.json(content_type=None)) if response.status == 200 else {}
-            engine = f"vLLM {told['version']}" if isinstance(told, dict) and told.get("version") else None
-    except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        raise NoResultError(f"{url} does not answer: {error or type(error).__name__}; is the server running?") from None
-    except ValueError:
-        listed = {}
+    listed = await _json(http, url + "/v1/models")
+    told = await _json(http, url + "/version")
+    engine = f"vLLM {told['version']}" if isinstance(told, dict) and told.get("version") else None
     if plan.server.model is not None:
         return plan.server.model, engine
     data = listed.get("data") if isinstance(listed, dict) else None
@@ -145,6 +138,22 @@ async def _ask_server(http, url: str, plan: Plan) -> tuple[str, str | None]:
     if len(names) != 1:
         raise InputError(f"server: model: the server lists {', '.join(names) or 'no model'}; name one in the plan")
     return names[0], engine
+
+
+async def _json(http, url: str) -> Any:
+    """What an address answers, {} where it has nothing to say. Raises `NoResultError` when nobody answers, or the key
+    is refused."""
+    import aiohttp
+
+    try:
+        async with http.get(url, allow_redirects=False, timeout=aiohttp.ClientTimeout(total=QUICK)) as response:
+            if response.status in (401, 403):
+                raise NoResultError(f"{url}: HTTP {response.status}; name the key's variable in the plan: api_key_env")
+            return await response.json(content_type=None) if response.status == 200 else {}
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        raise NoResultError(f"{url} does not answer: {error or type(error).__name__}; is the server running?") from None
+    except ValueError:
+        return {}
 
 
 def operating_point(
@@ -156,22 +165,35 @@ def operating_point(
     chunks come from the stream itself; acceptance comes from the engine's counters over the window, where it has them.
     Raises `NoResultError` when no measured request was completed."""
     good = [sent for sent in run.measured if sent.ok]
+    if run.ended in ("max_rate", "stalled"):
+        raise NoResultError(f"cell {cell.name}: ended by {_ends(plan)[run.ended]}")
     if not good:
         reason = next((sent.error for sent in run.sent if sent.error), _ends(plan).get(run.ended, "none arrived"))
         raise NoResultError(f"cell {cell.name}: no measured request was completed: {reason}")
-    windows = Windows([run.window if run.window[1] > run.window[0] else (run.window[0], run.window[0] + 1e-6)])
+    lost = len(run.measured) - len(good)
+    if lost > MOST_LOST * len(run.measured):
+        reason = next((sent.error for sent in run.measured if sent.error), "no answer")
+        raise NoResultError(f"cell {cell.name}: {lost} of {len(run.measured)} measured requests failed: {reason}")
+    start, end = run.window[0], max(run.window[1], run.window[0] + 1e-6)
+    windows = Windows([(start, end)])
     windows.add(_arrays(run.sent))
     observed = windows.row(0)
+    observed["effective_batch_size"] += sum(max(end - max(at, start), 0.0) for at in run.cut_off) / (end - start)
     gaps = np.concatenate([np.diff(sent.events) for sent in good])
-    if len(gaps) and cell.output_length > 1:
+    notes = [f"{lost} of {len(run.measured)} measured requests failed"] if lost else []
+    if cell.output_length > 1 and not gaps.sum() > 0:
+        notes.append("the answers came all at once, not streamed: ttft, itl and tpot are left out")
+        observed = {name: value for name, value in observed.items() if not name.startswith(("ttft_", "tpot_"))}
+    elif len(gaps):
         observed["itl_mean"] = float(gaps.mean())
         observed |= {f"itl_{p}": float(np.percentile(gaps, int(p[1:]))) for p in PERCENTILES}
-    notes = []
     row: dict[str, Any] = {"run": cell.name, "deployment": plan.identity.get("verifier") or server["verifier"]}
     row |= {name: value for name, value in server.items() if value is not None}
     row |= _engine_side(run, notes)
     if cell.concurrency is not None:
         row["concurrency"] = cell.concurrency
+        # Each launch follows a completion, so launches count completions without the waves that cross the edges.
+        observed["throughput"] = windows.offered(0)[0]
     else:
         offered, scv = windows.offered(0)
         row["arrival_rate"] = cell.arrival_rate if cell.arrival_rate is not None else offered
@@ -179,7 +201,8 @@ def operating_point(
         row["arrival_process"] = None if cell.replay else cell.arrival_process
         row["arrival_scv"] = _scv(cell, scv)
     row |= {**observed, "window": "steady"}
-    row |= {"failed": sum(1 for sent in run.measured if not sent.ok), "temperature": plan.prompts.temperature}
+    row |= {"failed": lost, "temperature": plan.prompts.temperature}
+    _agree(plan, row)
     row |= plan.identity
     row |= dict(cell.identity)
     row["run"] = f"{plan.identity['run']}__{cell.name}" if plan.identity.get("run") else cell.name
@@ -189,12 +212,12 @@ def operating_point(
         notes.append(f"ended by {_ends(plan)[run.ended]} after {len(good)} measured requests")
     width = relative_half_width([sent.latency for sent in good])
     if plan.measure.until is not None and not width <= plan.measure.until:
-        notes.append(f"the mean latency is known to {width:.1%} only, not to {plan.measure.until:.1%}")
+        known = f"known to {width:.1%} only" if math.isfinite(width) else "from too few requests to say how well known"
+        notes.append(f"the mean latency is {known}, not to {plan.measure.until:.1%}")
     lag = np.array([sent.sent - sent.arrival for sent in run.sent])
     cost = {
         "cpu_seconds_per_request": run.cpu_seconds / max(len(run.sent), 1),
         "send_lag_p99": float(np.percentile(lag, 99)),
-        "half_width": width if math.isfinite(width) else math.nan,
     }
     if cost["send_lag_p99"] > LATE:
         notes.append(
@@ -203,11 +226,23 @@ def operating_point(
     return {name: value for name, value in row.items() if not _missing(value)}, notes, cost
 
 
+def _agree(plan: Plan, row: dict[str, Any]) -> None:
+    """Raise `NoResultError` when the engine counted drafts of another length than the plan states."""
+    stated, counted = plan.identity.get("draft_length"), row.get("draft_length")
+    if stated is not None and counted is not None and stated != counted:
+        raise NoResultError(
+            f"the plan says draft_length {stated}, the engine's counters {counted}; mend the plan's identity, or leave "
+            "draft_length out"
+        )
+
+
 def _ends(plan: Plan) -> dict[str, str]:
     """What may end a cell before it is complete, in words."""
     return {
         "time": f"most_seconds {plan.measure.most_seconds:g}",
         "max_requests": f"limits: max_requests {plan.limits.max_requests}",
+        "max_rate": f"limits: max_rate {plan.limits.max_rate}, which the server outpaces in this closed loop",
+        "stalled": "a client that fell behind its arrivals",
     }
 
 

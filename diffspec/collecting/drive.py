@@ -1,8 +1,9 @@
 """One cell: warm up, measure in a steady window, stop by count, time or confidence, and let nothing leak out of it.
 
 Load goes on until the last measured request is complete, so that every measured request meets the stated load from its
-arrival to its end; what is then still in flight is cancelled. Requests arriving before the window are warm-up, after it
-cool-down; both are recorded and neither is counted.
+arrival to its end; what is then still in flight is cancelled. A cell that ends before (its mean is known, its time or a
+cap is reached) counts the requests up to the first that was still in flight, and its window ends there. Requests
+arriving before the window are warm-up, after it cool-down; both are recorded and neither is counted.
 """
 
 import asyncio
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 
 WARM_UP = 3.0
 """Mean latencies after the start before the measured window may begin."""
+SETTLED = 2.0
+"""The warm-up is over when the means of the two halves of its latest requests differ by less than this factor."""
+STALL = 5.0
+"""Seconds by which the client may be late before its cell is ended."""
+QUICK = 10.0
+"""Seconds after which a scrape of /metrics is given up."""
 GIVE_UP = 8
 """Failures without a single success after which a cell is ended."""
 BATCHES = 12
@@ -32,10 +39,11 @@ T_95 = 2.201
 
 @dataclass
 class Run:
-    """What a cell left: every request, the window [s after it began], snapshots of /metrics as (time, text), the
-    client's CPU seconds, and why it ended."""
+    """What a cell left: every request that came to an end, the arrivals of those that were cut off, the window [s after
+    it began], snapshots of /metrics as (time, text), the client's CPU seconds, and why it ended."""
 
     sent: list[Sent] = field(default_factory=list)
+    cut_off: list[float] = field(default_factory=list)
     window: tuple[float, float] = (math.nan, math.nan)
     scrapes: list[tuple[float, str]] = field(default_factory=list)
     cpu_seconds: float = 0.0
@@ -68,21 +76,36 @@ def scrapes_text(began_unix: float, scrapes: list[tuple[float, str]]) -> str:
     return "".join(f"# scrape {began_unix + at:.3f}\n{text.rstrip()}\n" for at, text in scrapes)
 
 
+@dataclass
+class Allowance:
+    """Requests that may still be sent in this collection; one is taken at every launch."""
+
+    left: int
+
+
 class _Cell:
     """State of one cell while it runs."""
 
     def __init__(
-        self, plan: Plan, cell: Cell, http: "aiohttp.ClientSession", url: str, requests: Iterator[Ask], allowed: int
+        self,
+        plan: Plan,
+        cell: Cell,
+        http: "aiohttp.ClientSession",
+        url: str,
+        requests: Iterator[Ask],
+        allowance: Allowance,
     ):
-        self.plan, self.cell, self.http, self.requests, self.allowed = plan, cell, http, requests, allowed
+        self.plan, self.cell, self.http, self.requests, self.allowance = plan, cell, http, requests, allowance
         self.chat = plan.server.endpoint == "chat"
         self.url = url + ("/v1/chat/completions" if self.chat else "/v1/completions")
         self.least = cell.requests or plan.measure.requests
         self.most = plan.requests(cell)
         self.run = Run()
         self.began = time.perf_counter()
-        self.tasks: set[asyncio.Task] = set()
+        self.launched: list[tuple[float, asyncio.Task]] = []
         self.in_order: list[asyncio.Task] = []
+        self.complete = 0
+        self.prefix: list[float] = []
         self.finished: list[Sent] = []
         self.arrivals_measured = 0
         self.opened = self.closed = math.nan
@@ -94,14 +117,15 @@ class _Cell:
 
     def spent(self) -> bool:
         """Whether the cap on requests is reached; then the cell ends with what is complete."""
-        if len(self.tasks) >= self.allowed:
+        if self.allowance.left <= 0:
             self._end("max_requests")
         return self.over.is_set()
 
     def launch(self, ask: Ask, arrival: float) -> asyncio.Task:
         phase = self._phase(arrival)
         task = asyncio.ensure_future(self._one(ask, arrival, phase))
-        self.tasks.add(task)
+        self.allowance.left -= 1
+        self.launched.append((arrival, task))
         if phase == "measured":
             self.in_order.append(task)
         return task
@@ -111,7 +135,12 @@ class _Cell:
             done = [item.latency for item in self.finished if item.ok]
             warm = len(done) >= self.plan.measure.warmup_requests
             if done and warm:
-                warm = arrival >= WARM_UP * statistics.fmean(done)
+                latest = done[-max(2 * GIVE_UP, self.plan.measure.warmup_requests) :]
+                halves = [
+                    statistics.fmean(half)
+                    for half in (latest[: len(latest) // 2] or latest, latest[-(len(latest) // 2) :])
+                ]
+                warm = arrival >= WARM_UP * halves[1] and max(halves) < SETTLED * min(halves)
             if not warm and self.plan.measure.warmup_requests > 0:
                 return "warmup"
             self.opened = arrival
@@ -127,40 +156,29 @@ class _Cell:
         sent = await send(self.http, self.url, self.chat, ask, arrival, self.began)
         sent.phase = phase
         self.finished.append(sent)
-        self._judge()
+        asyncio.get_running_loop().call_soon(self._judge)
         return sent
 
     def _judge(self) -> None:
         """End the cell when what was asked for is complete."""
+        while self.complete < len(self.in_order) and (task := self.in_order[self.complete]).done():
+            if not task.cancelled() and task.result().ok:
+                self.prefix.append(task.result().latency)
+            self.complete += 1
+        until = self.plan.measure.until
         if len(self.finished) >= GIVE_UP and not any(item.ok for item in self.finished):
             self._end("failures")
-        elif self.exhausted and self.in_order and all(task.done() or task is _current() for task in self.in_order):
-            self._end("replayed")
-        elif self.plan.measure.until is not None and math.isnan(self.closed):
-            latencies = self._prefix()
-            if len(latencies) >= self.least and relative_half_width(latencies) <= self.plan.measure.until:
-                self._end("confidence")
-        if self.arrivals_measured >= self.most and all(task.done() or task is _current() for task in self.in_order):
+        elif self.arrivals_measured >= self.most and self.complete == len(self.in_order):
             self._end("requests")
-
-    def _prefix(self) -> list[float]:
-        """Latencies of the measured requests up to the first, in order of arrival, that is still in flight."""
-        latencies: list[float] = []
-        for task in self.in_order:
-            if not task.done() and task is not _current():
-                break
-            if task.done() and not task.cancelled() and task.result().ok:
-                latencies.append(task.result().latency)
-        return latencies
+        elif self.exhausted and len(self.finished) == len(self.launched):
+            self._end("replayed")
+        elif until is not None and len(self.prefix) >= self.least and relative_half_width(self.prefix) <= until:
+            self._end("confidence")
 
     def _end(self, why: str) -> None:
         if not self.over.is_set():
             self.run.ended = why
             self.over.set()
-
-
-def _current() -> asyncio.Task | None:
-    return asyncio.current_task()
 
 
 async def drive(
@@ -169,13 +187,13 @@ async def drive(
     http: "aiohttp.ClientSession",
     url: str,
     requests: Iterator[Ask],
-    allowed: int,
+    allowance: Allowance,
     on_progress: Callable[[float], None] | None = None,
     on_sent: Callable[[Sent], None] | None = None,
 ) -> Run:
-    """Measure one cell with at most `allowed` requests. `on_progress` gets the share done; `on_sent` every request as
+    """Measure one cell within `allowance`. `on_progress` gets the share done; `on_sent` every request as
     it completes (or fails)."""
-    state = _Cell(plan, cell, http, url, requests, allowed)
+    state = _Cell(plan, cell, http, url, requests, allowance)
     state.run.began_unix = time.time()
     cpu = time.process_time()
     helpers: list[asyncio.Future[None]] = [asyncio.ensure_future(_watch(state, on_progress))]
@@ -198,11 +216,11 @@ async def drive(
             if feed.done() and feed.exception() is not None:
                 raise feed.exception()  # type: ignore[misc]
     finally:
-        ended = state.now()
         feed.cancel()
-        for task in state.tasks:
+        tasks = [task for _, task in state.launched]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(feed, *state.tasks, return_exceptions=True)
+        await asyncio.gather(feed, *tasks, return_exceptions=True)
         for task in (*helpers, over):
             task.cancel()
         tell()
@@ -212,30 +230,29 @@ async def drive(
     run = state.run
     run.cpu_seconds = time.process_time() - cpu
     run.sent = sorted(state.finished, key=lambda item: item.arrival)
-    _close_window(run, state, ended)
+    _close_window(run, state)
     if run.ended == "failures":
         reason = next((item.error for item in run.sent if item.error), "no answer")
         raise NoResultError(f"cell {cell.name}: the first {len(run.sent)} requests all failed: {reason}")
     return run
 
 
-def _close_window(run: Run, state: _Cell, ended: float) -> None:
-    """The window runs from the first measured arrival to the end of measured arrivals. A measured request that was cut
-    off (time limit, confidence reached) ends the window before it: the ones after it are cool-down."""
-    cut = [task for task in state.in_order if task.cancelled()]
+def _close_window(run: Run, state: _Cell) -> None:
+    """The window runs from the first measured arrival to the first arrival that is not counted: of a cool-down request,
+    or of the first measured one that was cut off (those after it are cool-down); where there is none, one mean gap
+    after the last."""
+    run.cut_off = [arrival for arrival, task in state.launched if task.cancelled()]
     end = state.closed
-    arrivals = [item.arrival for item in run.measured]
-    if cut:
-        missing = state.in_order.index(cut[0])
-        kept = sorted(arrivals)[:missing]
-        late = kept[-1] if kept else math.nan
-        for item in run.measured:
-            if not item.arrival <= late:
-                item.phase = "cooldown"
-        later = [item.arrival for item in run.sent if item.arrival > late]
-        end = min(later, default=ended)
-    if math.isnan(end):
-        end = ended
+    for arrival, task in state.launched:
+        if arrival >= state.opened and task.cancelled():
+            end = arrival if math.isnan(end) else min(end, arrival)
+            break
+    for item in run.measured:
+        if item.arrival >= end:
+            item.phase = "cooldown"
+    counted = [item.arrival for item in run.measured]
+    if math.isnan(end) and counted:
+        end = counted[-1] + (counted[-1] - counted[0]) / max(len(counted) - 1, 1)
     run.window = (state.opened, end)
 
 
@@ -245,6 +262,8 @@ async def _open_loop(state: _Cell) -> None:
         due = ask.at or 0.0
         while (wait := due - state.now()) > 0:
             await asyncio.sleep(wait)
+        if state.now() - due > STALL:
+            state._end("stalled")
         if state.spent():
             return
         state.launch(ask, due)
@@ -253,25 +272,26 @@ async def _open_loop(state: _Cell) -> None:
 
 
 async def _closed_loop(state: _Cell) -> None:
-    """Keep `concurrency` requests in flight, as long as that sends no more than the cap on the rate."""
-    rate = state.plan.limits.max_rate or math.inf
+    """Keep `concurrency` requests in flight. A server so fast that this sends more than the cap on the rate (beyond one
+    burst of `concurrency`) ends the cell: held back, it would be another load than the one stated."""
+    users, rate = state.cell.concurrency or 1, state.plan.limits.max_rate or math.inf
 
     async def place() -> None:
         for ask in state.requests:
-            while (wait := len(state.tasks) / rate - state.now()) > 0:
-                await asyncio.sleep(wait)
+            if len(state.launched) > users + rate * state.now():
+                state._end("max_rate")
             if state.spent():
                 return
             await asyncio.wait([state.launch(ask, state.now())])
 
-    await asyncio.gather(*(place() for _ in range(state.cell.concurrency or 1)))
+    await asyncio.gather(*(place() for _ in range(users)))
 
 
 async def _watch(state: _Cell, on_progress: Callable[[float], None] | None) -> None:
     """Report progress and keep the time limit."""
     limit = state.plan.measure.most_seconds
     while True:
-        done = sum(task.done() for task in state.in_order) / state.most
+        done = state.complete / state.most
         if on_progress is not None:
             on_progress(min(max(done, state.now() / limit if state.now() > limit / 2 else 0.0), 1.0))
         if state.now() > limit:
@@ -290,7 +310,8 @@ async def _scrape_once(state: _Cell, http: "aiohttp.ClientSession", url: str) ->
     import aiohttp
 
     try:
-        async with http.get(url + "/metrics", allow_redirects=False) as response:
+        timeout = aiohttp.ClientTimeout(total=QUICK)
+        async with http.get(url + "/metrics", allow_redirects=False, timeout=timeout) as response:
             if response.status == 200:
                 state.run.scrapes.append((state.now(), await response.text()))
     except (aiohttp.ClientError, OSError, TimeoutError, UnicodeDecodeError):

@@ -69,7 +69,7 @@ def asks(plan: Plan, cell: Cell, model: str, folder: Path) -> Iterator[Ask]:
         entry = texts[index % len(texts)] if texts else {}
         output = int(entry.get("output_length") or output)
         timed = None if cell.concurrency is not None else at
-        body = _body(plan, model, _prompt(plan, entry, prompt, random), output)
+        body = _body(plan, cell, model, _prompt(plan, entry, prompt, random), output)
         yield Ask(timed, prompt, output, body, str(entry["task"]) if entry.get("task") else None)
         index += 1
 
@@ -83,11 +83,11 @@ def _prompt(plan: Plan, entry: dict[str, Any], length: int, random: np.random.Ge
     return " ".join(plan.prompts.words[i] for i in random.integers(0, len(plan.prompts.words), length))
 
 
-def _body(plan: Plan, model: str, prompt: Any, output: int) -> dict[str, Any]:
+def _body(plan: Plan, cell: Cell, model: str, prompt: Any, output: int) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": model,
         "max_tokens": output,
-        "temperature": plan.prompts.temperature,
+        "temperature": dict(cell.identity).get("temperature", plan.prompts.temperature),
         "stream": True,
         "stream_options": {"include_usage": True},
     }
@@ -105,8 +105,13 @@ def _texts(path: Path) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"prompts: file {path}: cannot be read as JSON lines: {error}") from None
-    if not lines or not all(isinstance(line, dict) and line.get("prompt") for line in lines):
-        raise InputError(f"prompts: file {path}: allowed: JSON lines, each with a 'prompt'")
+    for line in lines:
+        length = line.get("output_length", 1) if isinstance(line, dict) else None
+        if not isinstance(line, dict) or not line.get("prompt") or not isinstance(length, int) or length < 1:
+            allowed = "JSON lines, each with a 'prompt', and an 'output_length' that is a whole number, where given"
+            raise InputError(f"prompts: file {path}: got {line!r:.60}; allowed: {allowed}")
+    if not lines:
+        raise InputError(f"prompts: file {path}: it is empty")
     return lines
 
 
@@ -116,7 +121,7 @@ def _replay(path: Path, speedup: float, max_rate: float | None) -> list[tuple[fl
 
     frame = read(Source(path))
     peak = summary(frame)["peak_rate"] * speedup
-    if max_rate is not None and peak > max_rate:
+    if max_rate is not None and not peak <= max_rate:
         raise InputError(
             f"replay {path}: peaks at {peak:.3g} req/s, above limits: max_rate {max_rate:g}; lower speedup"
         )

@@ -31,7 +31,7 @@ class Server:
 @dataclass(frozen=True)
 class Limits:
     """Caps that no plan may pass: `max_rate` [req/s] (the mean of an open loop, any minute of a replay; a closed loop
-    is held back at it), `max_requests` in one collection, warm-up and cool-down included, `max_concurrency` [req]."""
+    that passes it is ended), `max_requests` in one collection, with warm-up and cool-down, `max_concurrency` [req]."""
 
     max_rate: float | None = None
     max_requests: int | None = None
@@ -41,9 +41,10 @@ class Limits:
 @dataclass(frozen=True)
 class Measure:
     """How long each cell is. `requests` are measured after a warm-up of `warmup_requests` and at least three mean
-    latencies; with `until` (such as 0.05) measuring goes on, up to `most_requests`, until the 95 % confidence interval
-    of the mean end-to-end latency (batch means) is within that share of it. `most_seconds` ends a cell in any case;
-    `scrape_seconds` lies between scrapes of /metrics, `settle_seconds` between cells. `seed` fixes what is drawn."""
+    latencies, until latencies have settled (0: no warm-up). With `until` (such as 0.05) measuring goes on, up to
+    `most_requests`, until the 95 % confidence interval of the mean end-to-end latency (batch means) is within that
+    share of it. `most_seconds` ends a cell in any case; `scrape_seconds` lies between scrapes of /metrics,
+    `settle_seconds` between cells. `seed` fixes what is drawn."""
 
     requests: int = 100
     warmup_requests: int = 10

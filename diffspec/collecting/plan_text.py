@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from ..results import InputError
-from ..traces.schema import COLUMNS
+from ..traces.sheet import check_identity
 from .plan import (
     ENDPOINTS,
     PROCESSES,
@@ -36,6 +36,10 @@ from .plan import (
 )
 
 MOST_CELLS = 10_000
+LABELS = ("workload", "task", "temperature")
+"""Columns that a cell may set; the others belong to the server, and stand in the plan's identity."""
+OWN_FIELDS = ("model", "prompt", "messages", "max_tokens", "temperature", "stream", "stream_options", "n", "best_of")
+"""Fields of a request that the plan itself decides; `server: extra` may not."""
 _POSITIVE = ("arrival_rate", "concurrency", "prompt_length", "output_length", "requests", "speedup", "arrival_scv")
 
 
@@ -73,7 +77,7 @@ def read_plan(
     identity = value.get("identity") or {}
     if not isinstance(identity, dict):
         raise InputError(f"{source}: identity: got {identity!r:.60}; allowed: a mapping of columns")
-    _known(identity, [item.name for item in COLUMNS if item.kind != "observed"], f"{source}: identity")
+    check_identity(identity)
     plan = Plan(
         tuple(grid),
         identity,
@@ -94,8 +98,18 @@ def check_plan(plan: Plan) -> None:
         if value is None:
             raise InputError(f"limits: {name} is missing; a cap on rate and count is needed before load is sent")
         _above(value, 0, f"limits: {name}")
-    for name in ("requests", "most_seconds", "scrape_seconds"):
-        _above(getattr(measure, name), 0, f"measure: {name}")
+    for name, low in (("requests", 0), ("most_seconds", 0), ("scrape_seconds", 0.05), ("settle_seconds", -1e-9)):
+        _above(getattr(measure, name), low, f"measure: {name}")
+    for name in ("warmup_requests", "seed"):
+        _above(getattr(measure, name), -1, f"measure: {name}")
+    _above(plan.server.timeout, 0, "server: timeout")
+    _above(plan.prompts.vocabulary, 1, "prompts: vocabulary")
+    _above(plan.prompts.temperature, -1e-9, "prompts: temperature")
+    if not plan.prompts.words or not all(isinstance(word, str) for word in plan.prompts.words):
+        raise InputError("prompts: words: allowed: a list of at least one text")
+    for name in plan.server.extra:
+        if name in OWN_FIELDS:
+            raise InputError(f"server: extra: got {name!r}, which the plan itself decides; allowed: other fields")
     if measure.until is not None and not 0.001 <= measure.until <= 1:
         raise InputError(f"measure: until: got {measure.until}; allowed: 0.001 to 1, a share of the mean")
     for name, value, allowed in (
@@ -120,19 +134,26 @@ def check_plan(plan: Plan) -> None:
         total += plan.requests(cell) + measure.warmup_requests
     if total > (limits.max_requests or 0):
         raise InputError(
-            f"limits: max_requests {limits.max_requests} is below the {total} requests of {len(cells)} cells (warm-up "
-            "included); raise it or measure fewer"
+            f"limits: max_requests {limits.max_requests} is below the {total} requests of {len(cells)} cells; warm-ups "
+            f"grow with latency and load goes on to the end of a cell: give about {round(1.5 * total)}, or measure fewer"
         )
 
 
 def _check_entry(entry: dict[str, Any], where: str) -> None:
     """One entry of the grid: known keys, values of the right kind, one load."""
-    columns = [item.name for item in COLUMNS if item.kind in ("identity", "speculation", "architecture")]
-    _known(entry, [*cell_fields(), "repeats", *columns], where)
+    _known(entry, [*cell_fields(), "repeats", *LABELS], where)
     repeats = entry.get("repeats", 1)
     if not isinstance(repeats, int) or isinstance(repeats, bool) or not 1 <= repeats <= 1000:
         raise InputError(f"{where}: repeats: got {repeats!r}; allowed: a whole number, 1 to 1000")
     lists = axes(entry)
+    for name, values in lists.items():
+        if not values:
+            raise InputError(f"{where}: {name}: got an empty list; allowed: at least one value")
+    for process in lists.get("arrival_process", ()):
+        if process not in PROCESSES:
+            raise InputError(f"{where}: arrival_process: got {process!r:.60}; allowed: {', '.join(PROCESSES)}")
+    for value in lists.get("temperature", ()):
+        _above(value, -1e-9, f"{where}: temperature")
     if math.prod(len(values) for values in lists.values()) * repeats > MOST_CELLS:
         raise InputError(f"{where}: more than {MOST_CELLS} cells")
     for name in (*_POSITIVE, "prompt_scv", "output_scv"):
@@ -149,9 +170,8 @@ def _check_entry(entry: dict[str, Any], where: str) -> None:
         raise InputError(f"{where}: got {got}; allowed: one of arrival_rate, concurrency, replay")
     if not all(isinstance(value, str) for value in lists.get("replay", ())):
         raise InputError(f"{where}: replay: allowed: the name of a file of arrivals")
-    for process in lists.get("arrival_process", ()):
-        if process not in PROCESSES:
-            raise InputError(f"{where}: arrival_process: got {process!r}; allowed: {', '.join(PROCESSES)}")
+    if "gamma" in lists.get("arrival_process", ()) and len(lists["arrival_process"]) > 1:
+        raise InputError(f"{where}: arrival_process gamma needs an entry of its own, with its arrival_scv")
     if (lists.get("arrival_process") == ["gamma"]) != ("arrival_scv" in lists):
         raise InputError(f"{where}: arrival_scv belongs to arrival_process gamma, and only there")
 
@@ -171,8 +191,12 @@ def _section(kind: type, value: Any, where: str) -> Any:
         wanted = item.type if isinstance(item.type, str) else str(item.type)
         if ("float" in wanted or "int" in wanted) and not isinstance(default, (bool, dict)) and not number:
             raise InputError(f"{where}: {item.name}: got {got!r:.60}; allowed: a number")
-        if "int" in wanted and "float" not in wanted and number and got != int(got):
+        if "int" in wanted and "float" not in wanted and number and not isinstance(got, int):
             raise InputError(f"{where}: {item.name}: got {got!r}; allowed: a whole number")
+        if isinstance(default, (dict, tuple)) and not isinstance(got, dict if isinstance(default, dict) else list):
+            raise InputError(
+                f"{where}: {item.name}: got {got!r:.60}; allowed: a {'mapping' if default == {} else 'list'}"
+            )
         if isinstance(default, bool) and not isinstance(got, bool):
             raise InputError(f"{where}: {item.name}: got {got!r:.60}; allowed: true or false")
         if ("str |" in wanted or wanted == "<class 'str'>") and not isinstance(got, str):

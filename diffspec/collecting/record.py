@@ -15,6 +15,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from .drive import Run, scrapes_text
 from .plan import Cell, Plan
 
 REQUEST_COLUMNS = (
-    *("deployment", "run", "draft_length", "arrival_rate", "concurrency", "arrival_time", "first_token_time"),
+    *("deployment", "run", "method", "draft_length", "arrival_rate", "arrival_process", "arrival_scv", "concurrency"),
+    *("max_batch_size", "arrival_time", "first_token_time"),
     *("completion_time", "prompt_tokens", "output_tokens", "drafted_tokens", "accepted_tokens", "stream_events"),
     *("ok", "measured"),
 )
@@ -45,6 +47,9 @@ class Recorder:
         or cannot be written."""
         text = yaml.safe_dump(self.plan.to_dict(), sort_keys=False, allow_unicode=True)
         kept = self.out / "plan.yaml"
+        foreign = [name for name in ("operating_points.csv", "requests.csv") if (self.out / name).exists()]
+        if foreign and not kept.exists():
+            raise InputError(f"{self.out}: holds {foreign[0]}, but no plan.yaml: no collection; name another folder")
         try:
             self.raw.mkdir(parents=True, exist_ok=True)
             if kept.exists() and not _same_measurement(kept.read_text(encoding="utf-8"), text):
@@ -56,21 +61,28 @@ class Recorder:
             raise InputError(f"{self.out}: cannot be written: {error.strerror or error}") from None
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """Rows of the finished cells by the name of the cell. Raw files without a closing line are set aside."""
-        found = {}
+        """Rows of the plan's finished cells by the name of the cell. Raw files without a closing line are set aside.
+        Raises `InputError` when a cell of that name was measured otherwise."""
+        found, asked = {}, {cell.name: _asked(cell) for cell in self.plan.cells()}
         for path in sorted(self.raw.glob("*.jsonl")):
             if path.name.endswith(".partial.jsonl"):
                 continue
             row = _closing(path)
             if row is None:
-                path.replace(path.with_suffix(".partial.jsonl"))
-            else:
+                count = len(list(self.raw.glob(f"{path.stem}.*partial.jsonl")))
+                path.replace(path.with_name(f"{path.stem}.{f'{count + 1}.' if count else ''}partial.jsonl"))
+            elif path.stem in asked:
+                if _header(path).get("asked") != asked[path.stem]:
+                    raise InputError(
+                        f"{self.out}: cell {path.stem} was measured as another plan asked; name another folder"
+                    )
                 found[path.stem] = row
         return found
 
     def start(self, cell: Cell, header: dict[str, Any]) -> None:
         """Begin a cell's raw file."""
-        (self.raw / f"{cell.name}.jsonl").write_text(json.dumps({"cell": cell.name, **header}) + "\n", encoding="utf-8")
+        line = json.dumps({"cell": cell.name, "asked": _asked(cell), **header})
+        (self.raw / f"{cell.name}.jsonl").write_text(line + "\n", encoding="utf-8")
 
     def add(self, cell: Cell, sent: Sent) -> None:
         """Append one request to the cell's raw file, safe against a crash of the client from then on."""
@@ -98,7 +110,7 @@ class Recorder:
         writer = csv.DictWriter(table, REQUEST_COLUMNS, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         for cell in cells:
-            identity = {name: rows[cell.name].get(name) for name in REQUEST_COLUMNS[:5]}
+            identity = {name: rows[cell.name].get(name) for name in REQUEST_COLUMNS[:9]}
             writer.writerows(identity | request for request in self._requests(cell))
         _replace(self.out / "requests.csv", table.getvalue())
 
@@ -139,6 +151,16 @@ def _raw(sent: Sent) -> dict[str, Any]:
     }
 
 
+def _asked(cell: Cell) -> dict[str, Any]:
+    """The cell as plain data, as JSON gives it back."""
+    return json.loads(json.dumps(asdict(cell)))
+
+
+def _header(path: Path) -> dict[str, Any]:
+    with path.open(encoding="utf-8") as file:
+        return json.loads(file.readline())
+
+
 def _closing(path: Path) -> dict[str, Any] | None:
     try:
         last = path.read_text(encoding="utf-8").rstrip("\n").rsplit("\n", 1)[-1]
@@ -149,14 +171,17 @@ def _closing(path: Path) -> dict[str, Any] | None:
 
 
 def _same_measurement(one: str, other: str) -> bool:
-    """Whether two plans measure the same cells in the same way; the address and the caps may differ, and cells may have
-    been added."""
+    """Whether two plans measure in the same way; the address and the caps may differ, and cells may have been added."""
 
     def core(text: str) -> Any:
-        value = yaml.safe_load(text)
-        return (
-            {name: value.get(name) for name in ("identity", "measure", "prompts")} if isinstance(value, dict) else None
-        )
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            return None
+        if not isinstance(value, dict) or not isinstance(value.get("server"), dict):
+            return None
+        server = {name: value["server"].get(name) for name in ("model", "endpoint", "extra", "metrics")}
+        return server, *(value.get(name) for name in ("identity", "measure", "prompts"))
 
     return core(one) == core(other)
 

@@ -42,7 +42,7 @@ def plan_summary(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield table("cells", ("cell", "load", "prompt / output [tok]", "requests", "time"), rows, left=2)
     limits = answer["limits"]
     yield (
-        f"{len(rows)} cells, at most {answer['requests']} requests (caps: {limits['max_requests']} requests, "
+        f"{len(rows)} cells, about {answer['requests']} requests (caps: {limits['max_requests']} requests, "
         f"{limits['max_rate']:g} req/s); "
         f"about {duration(answer['seconds'])}, at most {duration(answer['seconds_at_most'])}; nothing was sent"
     )

@@ -139,7 +139,7 @@ def _times(sheet: Sheet) -> None:
     ttft, tpot, itl, e2e = (sheet.typical(metric)[0] for metric in ("ttft", "tpot", "itl", "e2e"))
     more = np.where(sheet.bad["output_length"], math.nan, sheet.numbers["output_length"]) - 1
     emitted = np.where(sheet.usable("tokens_per_step"), sheet.numbers["tokens_per_step"], math.nan)
-    emitted = np.where(np.isnan(emitted), np.sqrt(sheet.numbers["draft_length"] + 1), emitted)
+    emitted = np.where(np.isnan(emitted), np.sqrt(np.maximum(sheet.numbers["draft_length"], 0) + 1), emitted)
     for index in map(int, np.flatnonzero(sheet.live)):
         first, token, gap, whole = (
             float(value) if value > SHORTEST else math.nan

@@ -1,8 +1,8 @@
 """Which files of a folder hold its measurements, each once.
 
-A folder that `diffspec collect` wrote is its table. One that `vllm bench sweep` wrote is its runs; `summary.json` and
-`summary.csv`, which repeat them, stand in only where the runs themselves are gone. Request tables beside benchmark
-results repeat them too. Warm-ups, failures and files that are no trace are left out.
+A folder that `diffspec collect` wrote, also one among others, is its table. One that `vllm bench sweep` wrote is its
+runs; `summary.json` and `summary.csv`, which repeat them, stand in only where the runs themselves are gone. Request
+tables beside benchmark results repeat them too. Warm-ups, failures and files that are no trace are left out.
 """
 
 from pathlib import Path
@@ -20,11 +20,10 @@ _NOT_RUNS = ("warmup.json", "failure.json")
 def traces_in(folder: Path, warnings: list[str]) -> list[tuple[Format, Source]]:
     """Format and source of every file to read, in order of name; what is left out is told in `warnings`. Raises
     `TraceError` for JSON that cannot be read, and when nothing is left."""
-    if (folder / COLLECTED).is_file():
-        source = Source(folder / COLLECTED)
-        found = recognise(source)
-        return [(found, source)] if found is not None else []
     files = [item for item in sorted(folder.rglob("*")) if item.is_file() and not _hidden(item.relative_to(folder))]
+    collections = [item.parent for item in files if item.name == COLLECTED]
+    if collections:  # of what a collection wrote only its table counts
+        files = [item for item in files if item.name == COLLECTED or not set(collections) & set(item.parents)]
     read: list[tuple[Format, Source]] = []
     for item in files:
         if item.name not in _REPEATS and not item.name.endswith(_NOT_RUNS):

@@ -86,9 +86,13 @@ def set_identity(frame: pd.DataFrame, identity: dict[str, Any]) -> list[str]:
 
 def step_points(samples: pd.DataFrame, file: str) -> pd.DataFrame:
     """Forward passes as closed loops: ``concurrency`` requests whose context is ``kv_length_mean`` on average, each
-    step ``step_time_median`` long, all drafts accepted (as `vllm bench forward` does), nothing to prefill. They say
-    what a step of the model costs, without the engine's sampling and scheduling: a deployment of their own."""
-    decode = samples[(samples["prefill_requests"] == 0) & samples["step_time_median"].notna()]
+    step ``step_time_median`` of its slowest rank long, all drafts accepted (as `vllm bench forward` does), nothing to
+    prefill. They say what a step of the model costs, without the engine's sampling and scheduling: a deployment of
+    their own."""
+    usable = samples.loc[(samples["prefill_requests"] == 0) & samples["step_time_median"].notna()]
+    decode = usable.loc[
+        usable.groupby("case", sort=False)["step_time_median"].idxmax()
+    ]  # the slowest rank sets the pace
     lengths = (decode["draft_tokens"] / decode["requests"]).round()
     frame = pd.DataFrame(
         {
@@ -106,7 +110,7 @@ def step_points(samples: pd.DataFrame, file: str) -> pd.DataFrame:
         }
     )
     frame.attrs = dict(samples.attrs)
-    skipped = len(samples) - len(decode)
+    skipped = len(set(samples["case"])) - len(decode)
     notes = [f"{file}: {skipped} cases with prefill left out: a closed loop cannot stand for them"] if skipped else []
     notes.append(f"{file}: forward passes alone, without sampling and scheduling: a deployment of their own")
     frame.attrs["warnings"] = [*samples.attrs.get("warnings", ()), *notes]

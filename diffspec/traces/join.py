@@ -23,6 +23,8 @@ NEAR = 0.02
 """Relative difference up to which counted and received requests and tokens are the same."""
 FILLED = ("draft_length", "tokens_per_step", "draft_acceptance_rate", "position_acceptance", "draft_probability")
 OBSERVED = ("effective_batch_size", "waiting_mean", "kv_usage_mean", "preemptions")
+ROWS = 256
+"""Scrapes compared with all others at a time."""
 _MARKS = (".metrics_before", ".metrics_after", ".metrics", "_metrics_before", "_metrics_after", "_before", "_after")
 
 
@@ -136,15 +138,26 @@ def _windows(server: list[Snapshot], requests: float, tokens: float) -> list[_Wi
     """Disjoint windows that hold a run, the best fitting first: within 2 %, else those that hold a little more."""
     generated = np.array([_generated(scrape) for scrape in server])
     finished = np.array([_completed(scrape) for scrape in server])
-    tokens_off = (generated[None, :] - generated[:, None]) / tokens - 1
-    requests_off = (finished[None, :] - finished[:, None]) / requests - 1
-    close = (np.abs(tokens_off) <= NEAR) & (np.abs(requests_off) <= NEAR)
-    more = (tokens_off >= -NEAR) & (tokens_off <= 0.5) & (requests_off >= 0) & (requests_off <= max(0.25, 2 / requests))
-    error = np.abs(np.nan_to_num(tokens_off, nan=9.0)) + np.abs(np.nan_to_num(requests_off, nan=9.0))
-    for allowed in (close, more):
-        before, after = np.nonzero(np.triu(allowed, 1))
+    close: list[tuple[float, int, int, int]] = []
+    more: list[tuple[float, int, int, int]] = []
+    for start in range(0, len(server), ROWS):  # some scrapes at a time against all: a long series fits in memory
+        rows = slice(start, start + ROWS)
+        tokens_off = np.nan_to_num((generated[None, :] - generated[rows, None]) / tokens - 1, nan=9.0)
+        requests_off = np.nan_to_num((finished[None, :] - finished[rows, None]) / requests - 1, nan=9.0)
+        later = np.arange(len(server))[None, :] > np.arange(start, start + len(tokens_off))[:, None]
+        error = np.abs(tokens_off) + np.abs(requests_off)
+        near = later & (np.abs(tokens_off) <= NEAR) & (np.abs(requests_off) <= NEAR)
+        over = later & (tokens_off >= -NEAR) & (tokens_off <= 0.5)
+        over &= (requests_off >= 0) & (requests_off <= max(0.25, 2 / requests))
+        for found, allowed in ((close, near), (more, over)):
+            before, after = np.nonzero(allowed)
+            first, last = (before + start).tolist(), after.tolist()
+            found += [
+                (miss, b - a, a, b) for miss, a, b in zip(error[before, after].tolist(), first, last, strict=True)
+            ]
+    for found in (close, more):
         # Of windows that fit alike the shortest: idle scrapes at its ends say nothing.
-        best = sorted(zip(error[before, after], after - before, before, after, strict=True))
+        best = sorted(found)
         kept: list[tuple[int, int, float]] = []
         for miss, _, first, last in best:
             if all(last <= other[0] or first >= other[1] for other in kept):

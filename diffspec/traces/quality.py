@@ -18,7 +18,7 @@ from .trace import Trace
 LITTLE = (0.94, 1.06)
 RENEWAL_TOLERANCE = 0.02
 LONGEST_SHARE = 0.25  # of a run that one request may last in an open loop
-KEPT_UP = 0.9  # of what arrives in a steady window that is completed in it, at least
+KEPT_UP = 0.9  # throughput over arrivals in a steady window, at least; as far above 1 it drains
 LOOPS = 4  # requests per place in a closed loop, at least
 
 
@@ -85,9 +85,9 @@ def set_aside_reasons(frame: pd.DataFrame) -> list[str | None]:
 
     Failed requests; an open loop with ``arrival_rate*e2e_mean/n_requests > 0.25`` (one request lasts over a quarter of
     the run); a closed loop with ``n_requests < 4*concurrency``. A steady window has its warm-up behind it: it need only
-    be longer than a request, but must not fill up: it is set aside when it completes less than 0.9 of what arrives
-    (``throughput/offered_rate``) and leaves more than ``3*sqrt(B) + 3`` requests, which a stable system does not. What
-    is unknown is not held against a row; a missing `e2e_mean` is estimated as
+    be longer than a request, but must neither fill up nor drain: it is set aside when ``throughput/offered_rate`` is
+    more than 0.1 from 1 and the difference more than ``3*sqrt(B) + 3`` requests, which a stable system does not show.
+    What is unknown is not held against a row; a missing `e2e_mean` is estimated as
     ``ttft_mean + tpot_mean*(output_length - 1)``."""
     e2e = _e2e(frame)
     steady = (frame["window"] == "steady").to_numpy(bool)
@@ -101,10 +101,11 @@ def set_aside_reasons(frame: pd.DataFrame) -> list[str | None]:
         share = rate * e2e[index] / count if count > 0 else math.nan
         if failed > 0:
             reasons.append(f"{failed:g} requests failed")
-        elif steady[index] and kept_up[index] < KEPT_UP and (1 - kept_up[index]) * count > 3 * held[index] ** 0.5 + 3:
+        elif steady[index] and abs(1 - kept_up[index]) > max(1 - KEPT_UP, (3 * held[index] ** 0.5 + 3) / count):
+            what = "overloaded" if kept_up[index] < 1 else "still draining what came before"
             reasons.append(
-                f"overloaded: {kept_up[index]:.2f} of what arrived in the window was completed in it "
-                f"(throughput/offered_rate); allowed: at least {KEPT_UP:g}"
+                f"{what}: throughput/offered_rate is {kept_up[index]:.2f} in the window; allowed: {KEPT_UP:g} to "
+                f"{2 - KEPT_UP:g}"
             )
         elif share > (1.0 if steady[index] else LONGEST_SHARE):
             reasons.append(

@@ -151,6 +151,8 @@ def _rows(
             if len(windows.windows) > 1:
                 given["run"] = f"{name} window {index + 1}"
         whole_run = end - start >= (1 - 1e-9) * (run.end - run.first) and run.end > run.last
+        if identity.get("concurrency") is not None and not whole_run:
+            row["throughput"] = offered  # each launch follows a completion; no waves that cross the edges of the window
         yield {**row, "window": "run" if whole_run else "steady", **given}
     if drifting:
         warnings.append(f"{name}: {drifting} of {len(windows.windows)} windows set aside, the load changes within them")

@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ..results import InputError
 from .problems import Problem, near
 from .schema import COLUMNS, METHOD_ALIASES, Column
 
@@ -124,6 +125,30 @@ class Sheet:
         mean[self.bad[f"{metric}_mean"]] = math.nan
         median[self.bad[f"{metric}_p50"]] = math.nan
         return np.where(np.isnan(mean), median, mean), np.isnan(mean)
+
+
+def check_identity(identity: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless every name is a column that is set, not measured, and every value one it may hold."""
+    allowed = {item.name: item for item in COLUMNS if item.kind != "observed"}
+    for name, value in identity.items():
+        if name not in allowed:
+            hint = near(str(name), allowed) or f"allowed: {', '.join(list(allowed)[:8])}, ..."
+            raise InputError(f"identity: unknown column {name!r}; {hint}")
+        item = allowed[name]
+        good = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+        if item.dtype == "text":
+            good = good or value is None
+        else:
+            try:
+                parsed = parse_list(value) if item.dtype == "list" else parse_number(value)
+            except ValueError:
+                parsed, good = None, False
+            entries = parsed if isinstance(parsed, tuple) else () if parsed is None else (parsed,)
+            good = (good or isinstance(value, list) or value is None) and all(
+                item.low <= entry <= item.high for entry in entries
+            )
+        if not good:
+            raise InputError(f"identity: {name}: got {value!r:.60}; allowed: {item.allowed}")
 
 
 def is_missing(cell: Any) -> bool:

@@ -119,13 +119,13 @@ def _parquet(data: bytes, file: str) -> pd.DataFrame:
 
 
 def _csv(text: str, file: str) -> pd.DataFrame:
-    start = text.lstrip()[:200].lower()
+    head = text[: 1 << 16].lstrip("\r\n")
+    start = head.lstrip()[:200].lower()
     if start.startswith("<"):
         raise Problem("this is a web page or XML, not a table", file=file, advice="download the raw file").error()
     if start.startswith(("{", "[")):
         raise Problem("this is JSON, not a table", file=file, advice="read_trace detects benchmark JSON").error()
-    header_line = text.lstrip("\r\n").split("\n", 1)[0]
-    delimiter = max(",\t;", key=header_line.count)
+    delimiter = max(",\t;", key=head.split("\n", 1)[0].count)
     header: list[str] = []
     numbered: list[tuple[int, list[str]]] = []
     held = 0
@@ -161,7 +161,7 @@ def _csv(text: str, file: str) -> pd.DataFrame:
 def csv_lines(text: str) -> Iterator[str]:
     """The lines of a text with their ends, as `csv.reader` takes them, one at a time: `io.StringIO` holds a text in
     four bytes a character."""
-    return (found.group() for found in re.finditer(r"[^\r\n]*(\r\n?|\n)|[^\r\n]+", text))
+    return (found.group() for found in re.finditer(r"[^\r\n]*+(?:\r\n?|\n)|[^\r\n]++", text))
 
 
 def _check_size(cells: int, file: str) -> None:

@@ -13,8 +13,9 @@ import pandas as pd
 
 from ..results import InputError
 from .gather import Gathered, gather, refuse_others, set_identity
-from .problems import Problem, error_from, near
+from .problems import Problem, error_from
 from .schema import COLUMNS, NAMES, RESERVED, TEXT_NAMES
+from .sheet import check_identity
 from .validation import validate
 from .where import matches
 
@@ -97,7 +98,7 @@ def read_trace(
 
 def trace_of(gathered: Gathered, *, skip_bad_rows: bool = False, identity: Mapping[str, Any] | None = None) -> Trace:
     """The operating points of what was gathered, validated; see `read_trace`."""
-    _check_identity(identity or {})
+    check_identity(identity or {})
     frames, bad, warnings, sources, problems = [], [], list(gathered.warnings), [], []
     for file, raw in gathered.points:
         warnings += set_identity(raw, dict(identity or {}))
@@ -119,14 +120,6 @@ def trace_of(gathered: Gathered, *, skip_bad_rows: bool = False, identity: Mappi
     warnings += _twice(frame)
     bad_rows = pd.concat(bad, ignore_index=True) if skip_bad_rows else None
     return Trace(frame, list(dict.fromkeys(warnings)), bad_rows, sources, gathered.recognised)
-
-
-def _check_identity(identity: Mapping[str, Any]) -> None:
-    allowed = [item.name for item in COLUMNS if item.kind != "observed"]
-    for name in identity:
-        if name not in allowed:
-            hint = near(name, allowed) or f"allowed: {', '.join(allowed[:8])}, ..."
-            raise InputError(f"identity: unknown column {name!r}; {hint}")
 
 
 def _part(frame: pd.DataFrame, raw: pd.DataFrame, problems: list[Problem]) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -101,7 +101,7 @@ def _benchmark(table: dict[tuple[str, ...], str], notes: list[str], problems: li
             if summary["mean"] is None:
                 continue
             deviation = cell(group, name, "Std Dev")
-            summary["variance"] = deviation**2 if isinstance(deviation, (int, float)) else None
+            summary["variance"] = deviation * deviation if isinstance(deviation, (int, float)) else None
             listed = cell(group, name, "Percentiles")
             found = finite(listed)
             if found is not None and len(found) == len(_PERCENTILES):

@@ -1,12 +1,12 @@
 """What the readers of benchmark JSON share: typed access to a record, its load, and its latencies."""
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..json_text import loads
 from ..problems import Problem
 from ..schema import METRICS, PERCENTILES
 
@@ -212,7 +212,7 @@ def spread(lengths: np.ndarray | None) -> float:
     >>> spread(np.array([32.0, 96.0]))
     0.25
     """
-    if lengths is None or not lengths.mean() > 0:
+    if lengths is None or not len(lengths) or not lengths.mean() > 0:
         return math.nan
     return float(lengths.var() / lengths.mean() ** 2)
 
@@ -221,7 +221,7 @@ def json_object(value: Any) -> dict[str, Any] | None:
     """An object, or the object that a JSON text holds; None for anything else."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = loads(value)
         except (ValueError, RecursionError):
             return None
     return value if isinstance(value, dict) else None

@@ -83,7 +83,7 @@ def value(name: str, cell: str) -> Any:
         return int(number) if number.is_integer() and abs(number) < 2**53 else number
     if cell.lower() in ("inf", "nan", "true", "false"):
         return {"inf": "inf", "nan": math.nan, "true": True, "false": False}[cell.lower()]
-    if cell.startswith(("[", "{", "(")):
+    if cell.startswith(("[", "{", "(")) and "\\u" not in cell.lower():  # no half of a surrogate pair
         try:
             with warnings.catch_warnings(action="ignore"):  # of the parser, about odd literals
                 return ast.literal_eval(cell)
