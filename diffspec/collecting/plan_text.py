@@ -135,7 +135,7 @@ def check_plan(plan: Plan) -> None:
     if total > (limits.max_requests or 0):
         raise InputError(
             f"limits: max_requests {limits.max_requests} is below the {total} requests of {len(cells)} cells; warm-ups "
-            f"grow with latency and load goes on to the end of a cell: give about {round(1.5 * total)}, or measure fewer"
+            f"grow with latency, and load goes on to a cell's end: give about {round(1.5 * total)}, or measure fewer"
         )
 
 
