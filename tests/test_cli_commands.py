@@ -361,7 +361,7 @@ def collected(folder) -> dict:
     """The answer of `diffspec collect` against a server that only streams."""
     plan = folder / "plan.yaml"
     plan.write_text(
-        "limits: {max_rate: 100, max_requests: 50}\nmeasure: {requests: 5, warmup_requests: 1}\n"
+        "limits: {max_rate: 1000, max_requests: 50}\nmeasure: {requests: 5, warmup_requests: 1}\n"
         "grid: {concurrency: 1, prompt_length: 4, output_length: 3}\n"
     )
     with running(FakeServer(first=0.005, gap=0.001)) as server:

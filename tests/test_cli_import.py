@@ -4,29 +4,12 @@ import json
 
 import pandas as pd
 import pytest
+from bench_samples import VLLM_OPEN
 from fake_server import FakeServer, running
 
 from diffspec.cli import main
 from diffspec.traces import read_trace
 
-RECORD = {
-    "backend": "vllm",
-    "model_id": "org/verifier",
-    "num_prompts": 40,
-    "request_rate": 2.0,
-    "burstiness": 1.0,
-    "max_concurrency": None,
-    "duration": 20.0,
-    "completed": 40,
-    "failed": 0,
-    "total_input_tokens": 2560,
-    "total_output_tokens": 1280,
-    "request_throughput": 2.0,
-    "mean_ttft_ms": 100.0,
-    "mean_tpot_ms": 30.0,
-    "mean_itl_ms": 60.0,
-    "mean_e2el_ms": 1030.0,
-}
 METRICS = """\
 vllm:generation_tokens_total{{model_name="m"}} {tokens}
 vllm:request_success_total{{finished_reason="length",model_name="m"}} {requests}
@@ -44,7 +27,7 @@ AFTER = dict(tokens=2280, requests=70, preemptions=4, drafts=660, drafted=1320, 
 @pytest.fixture
 def run(tmp_path):
     """A benchmark result with the scrapes before and after it."""
-    files = {"run.json": json.dumps(RECORD), "a.txt": METRICS.format(**BEFORE), "b.txt": METRICS.format(**AFTER)}
+    files = {"run.json": json.dumps(VLLM_OPEN), "a.txt": METRICS.format(**BEFORE), "b.txt": METRICS.format(**AFTER)}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     return [str(tmp_path / name) for name in files]
@@ -125,7 +108,7 @@ def test_fit_takes_files_as_they_are(tmp_path, capsys):
     """Results of a synthetic server with a step of 20 ms + 1 ms a request, as a benchmark client would write them."""
     for users in (1, 2, 4, 8, 16):
         step = 0.020 + 0.001 * users
-        record = RECORD | {
+        record = VLLM_OPEN | {
             "request_rate": "inf",
             "max_concurrency": users,
             "duration": 40 * (0.05 + 31 * step) / users,

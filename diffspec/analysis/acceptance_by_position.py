@@ -97,7 +97,7 @@ def estimate(counts: AcceptanceCounts, group: dict[str, str] | None = None) -> A
         PositionEstimate(index + 1, float(rates[index]), low, high, float(reached[index]))
         for index, (low, high) in enumerate(bounds)
     )
-    slope, error = _slope(rates, covariance)
+    slope, error = _slope((rates * reached + 2) / (reached + 4), covariance)
     low, high = slope - _Z * error, slope + _Z * error
     has_slope = known > 1
     return AcceptanceEstimate(
@@ -178,7 +178,8 @@ def _logit_interval(rate: float, error: float) -> tuple[float, float]:
 
 
 def _slope(rates: np.ndarray, covariance: np.ndarray) -> tuple[float, float]:
-    """Slope of acceptance over the draft position by weighted least squares, and its standard error."""
+    """Slope of acceptance over the draft position by weighted least squares, and its standard error; `rates` are drawn
+    towards a half by two successes and two failures, so that a handful of steps makes no slope."""
     weights = 1.0 / np.maximum(np.diag(covariance), 1e-12)
     places = np.arange(1, len(rates) + 1)
     centred = weights * (places - np.average(places, weights=weights))

@@ -169,6 +169,12 @@ def operating_point(
         raise NoResultError(f"cell {cell.name}: ended by {_ends(plan)[run.ended]}")
     if not good:
         reason = next((sent.error for sent in run.sent if sent.error), _ends(plan).get(run.ended, "none arrived"))
+        done = [sent.completion for sent in run.sent if sent.ok and sent.completion is not None]
+        if done and not run.measured:
+            reason += (
+                f"; latencies had not settled after {len(done)} of {len(run.sent) + len(run.cut_off)} requests, "
+                f"{len(done) / max(done):.3g} completed per second: overloaded?"
+            )
         raise NoResultError(f"cell {cell.name}: no measured request was completed: {reason}")
     lost = len(run.measured) - len(good)
     if lost > MOST_LOST * len(run.measured):

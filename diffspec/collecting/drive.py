@@ -279,7 +279,10 @@ async def _closed_loop(state: _Cell) -> None:
     async def place() -> None:
         for ask in state.requests:
             if len(state.launched) > users + rate * state.now():
-                state._end("max_rate")
+                if state.finished and state.finished[-1].ok:
+                    state._end("max_rate")
+                else:  # a server that refuses at once is no fast one
+                    await asyncio.sleep(1.0 / rate)
             if state.spent():
                 return
             await asyncio.wait([state.launch(ask, state.now())])

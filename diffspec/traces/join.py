@@ -6,6 +6,7 @@ the row lacks them; what the client measured (latencies, throughput) is never re
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,17 +200,19 @@ def _assign(frame: pd.DataFrame, options: dict[int, list[_Window]]) -> dict[int,
 
     def choose(pair: tuple[int, _Window]) -> None:
         chosen[pair[0]] = pair[1]
-        gone = [pair, *rivals(pair)]
-        pairs[:] = [other for other in pairs if not any(other is item for item in gone)]
+        gone = {id(item) for item in (pair, *rivals(pair))}
+        pairs[:] = [other for other in pairs if id(other) not in gone]
 
     for index in options:
         named = [pair for pair in pairs if pair[0] == index and pair[1].names == {run_name(_file(frame, index))}]
         if len(named) == 1:
             choose(named[0])
+    distance: dict[int, float] = {}
     while pairs:
-        alone = next((pair for pair in pairs if not rivals(pair)), None)
+        left = Counter(index for index, _ in pairs)
+        alone = next((pair for pair in pairs if left[pair[0]] == 1 and not rivals(pair)), None)
         if alone is None:
-            distance = {id(pair): _distance(frame, *pair) for pair in pairs}
+            distance = distance or {id(pair): _distance(frame, *pair) for pair in pairs}
             alone = min(pairs, key=lambda pair: distance[id(pair)])
             nearest, second = distance[id(alone)], min(distance[id(pair)] for pair in rivals(alone))
             if not (nearest < 0.1 and second > max(0.1, 3 * nearest)):

@@ -47,6 +47,8 @@ class RequestRows:
             )
         if kind == "json":
             _check_nesting(source)
+        elif kind == "parquet":
+            kind = _parquet_format(source)
         with _AsTraceError(source):
             self.dataset = pyarrow.dataset.dataset(str(source.path), format=kind)
         names = self.dataset.schema.names
@@ -69,6 +71,8 @@ class RequestRows:
                     yield from self._split(batch)
 
     def _split(self, batch) -> Iterator[tuple[tuple, dict[str, np.ndarray]]]:
+        import pyarrow as pa
+
         size = batch.num_rows
         requests = {name: self._numbers(batch, name) for name in (*TIMES, *TOKENS)}
         requests["ok"] = self._flags(batch, "ok", 1.0)
@@ -77,9 +81,11 @@ class RequestRows:
         self.rows += size
         code, values = np.zeros(size, np.int64), [()]
         for name in self.keys:
-            encoded = batch.column(name).dictionary_encode(null_encoding="encode")
-            entries = encoded.dictionary.to_pylist()
-            code = code * len(entries) + encoded.indices.to_numpy(zero_copy_only=False)
+            encoded = batch.column(name)
+            if not pa.types.is_dictionary(encoded.type):
+                encoded = encoded.dictionary_encode()
+            entries = [*encoded.dictionary.to_pylist(), None]
+            code = code * len(entries) + encoded.indices.fill_null(len(entries) - 1).to_numpy(zero_copy_only=False)
             code, used = _renumber(code)
             values = [(*values[old // len(entries)], _plain(entries[old % len(entries)])) for old in used]
         for index, key in enumerate(values):
@@ -169,6 +175,20 @@ def _plain(value: Any) -> Any:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     return str(value).strip() or None if isinstance(value, str) else value
+
+
+def _parquet_format(source: Source) -> Any:
+    """Parquet whose texts stay in dictionaries: a small file may repeat a long text very often."""
+    import pyarrow as pa
+    import pyarrow.dataset
+    import pyarrow.parquet
+
+    with _AsTraceError(source):
+        schema = pyarrow.parquet.read_schema(source.path)
+        texts = {
+            field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+        }
+        return pyarrow.dataset.ParquetFileFormat(dictionary_columns=texts & set(KEYS))
 
 
 def _check_nesting(source: Source) -> None:

@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -103,11 +104,15 @@ def _parquet(data: bytes, file: str) -> pd.DataFrame:
         opened, held, batches = pyarrow.parquet.ParquetFile(io.BytesIO(data)), 0, []
         _check_size(opened.metadata.num_rows * max(opened.metadata.num_columns, len(NAMES)), file)
         _check_header([str(name).strip() for name in opened.schema_arrow.names], file)
-        for batch in opened.iter_batches(batch_size=1024):  # a small file may hold very much
-            held += batch.nbytes
-            _check_size(held // 100, file)
-            batches.append(batch)
-        frame = pyarrow.Table.from_batches(batches, opened.schema_arrow).to_pandas()
+        for batch in opened.iter_batches(batch_size=64):  # a small file may hold very much
+            plain = [_decoded(column) for column in batch.columns]
+            held += sum(column.nbytes for column in plain)
+            _check_size(held // 40, file)
+            batches.append(pyarrow.record_batch(plain, names=batch.schema.names))
+        empty = [_decoded(pyarrow.array([], field.type)) for field in opened.schema_arrow]
+        batches.append(pyarrow.record_batch(empty, names=opened.schema_arrow.names))
+        frame = pyarrow.Table.from_batches(batches).to_pandas()
+        frame = frame.loc[:, [not str(name).startswith("__index_level_") for name in frame.columns]]
     except TraceError:
         raise
     except Exception as error:  # pyarrow raises many kinds, some of them OSError
@@ -116,6 +121,19 @@ def _parquet(data: bytes, file: str) -> pd.DataFrame:
     frame.columns = [str(name).strip() for name in frame.columns]
     _check_header(list(frame.columns), file)
     return _sourced(frame, file, [position + 2 for position in range(len(frame))], [])
+
+
+def _decoded(column: Any) -> Any:
+    """A column without its dictionary. Raises `ValueError` when it holds a text longer than a cell of CSV may be."""
+    import pyarrow
+    import pyarrow.compute
+
+    values = column.dictionary if pyarrow.types.is_dictionary(column.type) else column
+    if pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type):
+        longest = pyarrow.compute.call_function("max", [pyarrow.compute.call_function("binary_length", [values])])
+        if (longest.as_py() or 0) > csv.field_size_limit():
+            raise ValueError(f"a text of {longest} bytes; up to {csv.field_size_limit()} are read")
+    return column.dictionary_decode() if values is not column else column
 
 
 def _csv(text: str, file: str) -> pd.DataFrame:

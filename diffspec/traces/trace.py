@@ -154,7 +154,7 @@ def to_csv(frame: pd.DataFrame) -> str:
     `source_row` are left out.
     """
     names = [name for name in frame.columns if name not in RESERVED and not _empty(frame[name])]
-    return pd.DataFrame({name: [_cell(cell) for cell in frame[name]] for name in names}, dtype=object).to_csv(
+    return pd.DataFrame({_cell(name): [_cell(cell) for cell in frame[name]] for name in names}, dtype=object).to_csv(
         index=False, lineterminator="\n"
     )
 
@@ -172,7 +172,8 @@ def rows_to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def to_parquet(frame: pd.DataFrame) -> bytes:
     """A canonical frame as Parquet that `read_trace` turns back into the same rows; see `to_csv`."""
-    written = pd.read_csv(io.StringIO(to_csv(frame)), dtype={name: str for name in (*TEXT_NAMES, *_LISTS)})
+    texts = {name: str for name in (*TEXT_NAMES, *_LISTS)}  # a run may be called NA
+    written = pd.read_csv(io.StringIO(to_csv(frame)), dtype=texts, keep_default_na=False, na_values=[""])
     target = io.BytesIO()
     written.to_parquet(target, index=False)
     return target.getvalue()
@@ -195,4 +196,5 @@ def _cell(cell) -> str:
     if isinstance(cell, float):
         cell = float(cell)
         return str(int(cell)) if cell.is_integer() and abs(cell) < 2**53 else repr(cell)
-    return str(cell)
+    # What CSV cannot hold, with or without quotes.
+    return str(cell).replace("\x00", "").replace("\r\n", "\n").replace("\r", "\n")

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..problems import Problem
 from ..source import Source
+from .json_record import LARGEST
 
 MARK = re.compile(r"#\s*scrape\b\s*(\S*)")
 _HEAD = re.compile(rb"(?m)^(# (HELP|TYPE) )?(vllm|sglang):\w")
@@ -236,7 +237,7 @@ def _time(text: str, file: str, row: int) -> float | None:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value <= LARGEST:
         raise Problem("the time of the scrape", file, row, got=text, allowed="unix seconds").error()
     return value
 
@@ -255,8 +256,9 @@ class _Block:
     def add(self, text: str, place: _Place, value: float, stamp: float | None) -> None:
         if place.cell[0] == "gauge" and math.isnan(value):
             return
-        if not (math.isfinite(value) and value >= 0):
+        if not 0 <= value <= LARGEST or not 0 <= (stamp or 0.0) <= LARGEST:
             raise ValueError(value)
+        value = value if value * LARGEST >= 1 else 0.0
         if text in self.seen:
             raise _Twice
         self.seen.add(text)
