@@ -137,7 +137,7 @@ def test_the_time_limit_ends_a_cell(tmp_path):
     assert any("most_seconds" in line for line in done.warnings)
     with running(FakeServer(first=0.1, gap=0.0, places=1)) as server:
         plan = plan_of("[{arrival_rate: 100, output_length: 3}]", server.url, measure)
-        with pytest.raises(NoResultError, match="had not settled.*completed per second: overloaded"):
+        with pytest.raises(NoResultError, match=r"had not settled.*completed per second: overloaded"):
             collect(plan, tmp_path / "b")
 
 
