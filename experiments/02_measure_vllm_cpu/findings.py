@@ -1,6 +1,6 @@
 """What the steady table says of drafter sizes: tokens per step and latency of a lone request, by drafter and verifier.
 
-    python experiments/02_measure_vllm_cpu/findings.py
+Run `python experiments/02_measure_vllm_cpu/findings.py`.
 """
 
 import csv
