@@ -172,7 +172,7 @@ def rows_to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def to_parquet(frame: pd.DataFrame) -> bytes:
     """A canonical frame as Parquet that `read_trace` turns back into the same rows; see `to_csv`."""
-    texts = {name: str for name in (*TEXT_NAMES, *_LISTS)}  # a run may be called NA
+    texts: Any = {name: str for name in (*TEXT_NAMES, *_LISTS)}  # a run may be called NA
     written = pd.read_csv(io.StringIO(to_csv(frame)), dtype=texts, keep_default_na=False, na_values=[""])
     target = io.BytesIO()
     written.to_parquet(target, index=False)
