@@ -184,7 +184,9 @@ def test_a_cell_that_ends_early_counts_what_it_saw(tmp_path, loop):
             iter(collect(plan_of(f"[{{{loop}, output_length: 2}}]", server.url, measure), tmp_path).rows.values())
         )
     assert row["n_requests"] >= 30
-    assert row["throughput"] * row["e2e_mean"] == pytest.approx(row["effective_batch_size"], rel=0.15)
+    # ten in flight go in waves: the window may hold one launch of each place more or less
+    wave = 10 / row["n_requests"]
+    assert row["throughput"] * row["e2e_mean"] == pytest.approx(row["effective_batch_size"], rel=0.1 + wave)
     if "offered_rate" in row:
         assert row["offered_rate"] == pytest.approx(40, rel=0.1)
     else:
