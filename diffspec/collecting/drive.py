@@ -240,7 +240,7 @@ async def drive(
 def _close_window(run: Run, state: _Cell) -> None:
     """The window runs from the first measured arrival to the first arrival that is not counted: of a cool-down request,
     or of the first measured one that was cut off (those after it are cool-down); where there is none, one mean gap
-    after the last."""
+    after the last, or in a closed loop the last completion, which the next would follow."""
     run.cut_off = [arrival for arrival, task in state.launched if task.cancelled()]
     end = state.closed
     for arrival, task in state.launched:
@@ -251,7 +251,9 @@ def _close_window(run: Run, state: _Cell) -> None:
         if item.arrival >= end:
             item.phase = "cooldown"
     counted = [item.arrival for item in run.measured]
-    if math.isnan(end) and counted:
+    if math.isnan(end) and counted and state.cell.concurrency is not None:  # the next would follow a completion
+        end = max(item.completion or item.arrival for item in run.measured)
+    elif math.isnan(end) and counted:
         end = counted[-1] + (counted[-1] - counted[0]) / max(len(counted) - 1, 1)
     run.window = (state.opened, end)
 
