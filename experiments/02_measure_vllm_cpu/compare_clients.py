@@ -4,7 +4,8 @@
 
 Each round runs both clients at each load, the order changing from round to round. A client's mean over the rounds has a
 95 % confidence interval from the spread of its rounds (Student's t); the clients agree where the interval of the
-difference of paired rounds holds zero.
+difference of paired rounds holds zero. Arrivals of the open loop are evenly spaced, since two clients draw two different
+Poisson streams, and the rate a short stream really offers differs from its nominal one by several per cent.
 """
 
 import argparse
@@ -23,14 +24,17 @@ from run import on_front_core
 from serve import running_server
 
 T_95 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
-LOADS = {"8 in flight": {"concurrency": 8, "requests": 96}, "4 req/s": {"arrival_rate": 4.0, "requests": 80}}
+LOADS = {
+    "8 in flight": {"concurrency": 8, "requests": 160},
+    "4 req/s": {"arrival_rate": 4.0, "requests": 160, "arrival_process": "constant"},
+}
 METRICS = ("ttft", "itl", "tpot", "e2e")
 
 
 def with_collect(url: str, load: dict, seed: int, diffspec: str, folder: Path) -> dict[str, float]:
     """Means [s] of one run of `diffspec collect`."""
     plan = {
-        "limits": {"max_rate": 20, "max_requests": 1000},
+        "limits": {"max_rate": 20, "max_requests": 2000},
         "measure": {"warmup_requests": 8, "seed": seed},
         "prompts": {"vocabulary": 4000},
         "grid": [load | {"prompt_length": 64, "output_length": 64}],
@@ -56,7 +60,7 @@ def with_vllm(url: str, load: dict, seed: int, verifier: Path, folder: Path) -> 
     if "concurrency" in load:
         command += ["--max-concurrency", str(load["concurrency"])]
     else:
-        command += ["--request-rate", str(load["arrival_rate"])]
+        command += ["--request-rate", str(load["arrival_rate"]), "--burstiness", "1e6"]  # gaps as good as constant
     subprocess.run(command, check=True, capture_output=True, preexec_fn=on_front_core)
     found = json.loads((folder / "bench.json").read_text())
     return {metric: found[f"mean_{'e2el' if metric == 'e2e' else metric}_ms"] / 1000 for metric in METRICS}
