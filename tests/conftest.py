@@ -12,7 +12,13 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_compilation_cache", False)  # never a compiled function of an earlier run
-jaxtyping.install_import_hook("diffspec", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+PACKAGE = Path(__file__).resolve().parents[1] / "diffspec"
+HOOKED = [
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path != PACKAGE / "simulate" / "engine.py"  # numba compiles it, and cannot compile what checks its arguments
+]
+jaxtyping.install_import_hook(HOOKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
 @pytest.fixture
