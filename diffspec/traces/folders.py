@@ -10,7 +10,8 @@ from pathlib import Path
 from ..results import TraceError
 from .formats import Format, recognise
 from .problems import Problem
-from .source import Source
+from .source import HEAD, Source
+from .table import file_name
 
 COLLECTED = "operating_points.csv"
 _REPEATS = ("summary.json", "summary.csv")
@@ -35,12 +36,12 @@ def traces_in(folder: Path, warnings: list[str]) -> list[tuple[Format, Source]]:
     if any(found.gives == "operating points" for found, _ in read):
         read = [(found, source) for found, source in read if found.gives != "requests"]
     taken = {source.path for _, source in read}
-    left = [str(item.relative_to(folder)) for item in files if item not in taken]
+    left = [file_name(item.relative_to(folder)) for item in files if item not in taken]
     if left:
         more = f" and {len(left) - 8} more" if len(left) > 8 else ""
-        warnings.append(f"{folder}: skipped, no results of single runs: {', '.join(left[:8])}{more}")
+        warnings.append(f"{file_name(folder)}: skipped, no results of single runs: {', '.join(left[:8])}{more}")
     if not read:
-        raise Problem("no trace in this folder", file=str(folder), advice="name its files one by one").error()
+        raise Problem("no trace in this folder", file=file_name(folder), advice="name its files one by one").error()
     return read
 
 
@@ -57,4 +58,6 @@ def _recognised(item: Path, warnings: list[str]) -> list[tuple[Format, Source]]:
             raise
         warnings.append(str(error))
         return []
+    if len(source.head) == HEAD:
+        source.forget()
     return [] if found is None else [(found, source)]

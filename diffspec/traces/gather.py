@@ -1,5 +1,6 @@
 """Files and folders, recognised, read and sorted by what they give, before any of it becomes a trace."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,9 +91,8 @@ def step_points(samples: pd.DataFrame, file: str) -> pd.DataFrame:
     prefill. They say what a step of the model costs, without the engine's sampling and scheduling: a deployment of
     their own."""
     usable = samples.loc[(samples["prefill_requests"] == 0) & samples["step_time_median"].notna()]
-    decode = usable.loc[
-        usable.groupby("case", sort=False)["step_time_median"].idxmax()
-    ]  # the slowest rank sets the pace
+    slowest = usable.groupby("source_row", sort=False)["step_time_median"].idxmax()  # of its ranks sets the pace
+    decode = usable.loc[slowest]
     lengths = (decode["draft_tokens"] / decode["requests"]).round()
     frame = pd.DataFrame(
         {
@@ -106,11 +106,11 @@ def step_points(samples: pd.DataFrame, file: str) -> pd.DataFrame:
             "tokens_per_step": [length + 1 if length > 0 else None for length in lengths],
             "itl_mean": decode["step_time_median"],
             "source_file": file,
-            "source_row": range(1, len(decode) + 1),
+            "source_row": decode["source_row"],
         }
     )
     frame.attrs = dict(samples.attrs)
-    skipped = len(set(samples["case"])) - len(decode)
+    skipped = len(set(samples["source_row"])) - len(decode)
     notes = [f"{file}: {skipped} cases with prefill left out: a closed loop cannot stand for them"] if skipped else []
     notes.append(f"{file}: forward passes alone, without sampling and scheduling: a deployment of their own")
     frame.attrs["warnings"] = [*samples.attrs.get("warnings", ()), *notes]
@@ -120,10 +120,15 @@ def step_points(samples: pd.DataFrame, file: str) -> pd.DataFrame:
 
 
 def _read(path: Path, gathered: Gathered) -> list[tuple[Format, str, Any]]:
-    if path.is_dir():
-        return [(found, source.file, found.read(source)) for found, source in traces_in(path, gathered.warnings)]
-    found, value = read_source(Source(path))
-    return [(found, str(path), value)]
+    if os.path.isdir(path):  # no exception, whatever the name
+        read = []
+        for found, source in traces_in(path, gathered.warnings):
+            read.append((found, source.file, found.read(source)))
+            source.forget()
+        return read
+    source = Source(path)
+    found, value = read_source(source)
+    return [(found, source.file, value)]
 
 
 def _join(gathered: Gathered, snapshots: list[Any]) -> None:

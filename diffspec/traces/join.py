@@ -26,6 +26,8 @@ FILLED = ("draft_length", "tokens_per_step", "draft_acceptance_rate", "position_
 OBSERVED = ("effective_batch_size", "waiting_mean", "kv_usage_mean", "preemptions")
 ROWS = 256
 """Scrapes compared with all others at a time."""
+MOST_WINDOWS = 1_000_000
+"""Most windows between scrapes that are compared for one run."""
 _MARKS = (".metrics_before", ".metrics_after", ".metrics", "_metrics_before", "_metrics_after", "_before", "_after")
 
 
@@ -137,35 +139,47 @@ def _progress(scrape: Snapshot) -> tuple:
 
 def _windows(server: list[Snapshot], requests: float, tokens: float) -> list[_Window]:
     """Disjoint windows that hold a run, the best fitting first: within 2 %, else those that hold a little more."""
-    generated = np.array([_generated(scrape) for scrape in server])
-    finished = np.array([_completed(scrape) for scrape in server])
-    close: list[tuple[float, int, int, int]] = []
-    more: list[tuple[float, int, int, int]] = []
-    for start in range(0, len(server), ROWS):  # some scrapes at a time against all: a long series fits in memory
-        rows = slice(start, start + ROWS)
-        tokens_off = np.nan_to_num((generated[None, :] - generated[rows, None]) / tokens - 1, nan=9.0)
-        requests_off = np.nan_to_num((finished[None, :] - finished[rows, None]) / requests - 1, nan=9.0)
-        later = np.arange(len(server))[None, :] > np.arange(start, start + len(tokens_off))[:, None]
-        error = np.abs(tokens_off) + np.abs(requests_off)
-        near = later & (np.abs(tokens_off) <= NEAR) & (np.abs(requests_off) <= NEAR)
-        over = later & (tokens_off >= -NEAR) & (tokens_off <= 0.5)
-        over &= (requests_off >= 0) & (requests_off <= max(0.25, 2 / requests))
-        for found, allowed in ((close, near), (more, over)):
-            before, after = np.nonzero(allowed)
-            first, last = (before + start).tolist(), after.tolist()
-            found += [
-                (miss, b - a, a, b) for miss, a, b in zip(error[before, after].tolist(), first, last, strict=True)
-            ]
-    for found in (close, more):
-        # Of windows that fit alike the shortest: idle scrapes at its ends say nothing.
-        best = sorted(found)
+    counts = np.array([(_generated(scrape), _completed(scrape)) for scrape in server])
+    for more in (False, True):
         kept: list[tuple[int, int, float]] = []
-        for miss, _, first, last in best:
+        for miss, _, first, last in sorted(_fitting(counts, requests, tokens, more, server[-1].file)):
             if all(last <= other[0] or first >= other[1] for other in kept):
-                kept.append((int(first), int(last), float(miss)))
+                kept.append((first, last, miss))
         if kept:
             return [_Window(tuple(server[first : last + 1]), miss) for first, last, miss in kept]
     return []
+
+
+def _fitting(
+    counts: np.ndarray, requests: float, tokens: float, more: bool, file: str
+) -> list[tuple[float, int, int, int]]:
+    """(error, length, first, last) of the windows between scrapes with these counts that hold a run, or a little more.
+
+    Of windows that hold the same the shortest: idle scrapes at its ends say nothing."""
+    changed = np.flatnonzero(np.append(True, (np.diff(counts, axis=0) != 0).any(axis=1)))
+    starts, ends = np.append(changed[1:], len(counts)) - 1, changed
+    generated, finished = counts[changed].T
+    found: list[tuple[float, int, int, int]] = []
+    for top in range(0, len(changed), ROWS):  # some scrapes at a time: a long series fits in memory
+        rows = slice(top, top + ROWS)
+        low, high = generated[rows][0] + (1 - NEAR) * tokens, generated[rows][-1] + 1.5 * tokens
+        columns = slice(*np.searchsorted(generated, [low * (1 - 1e-9), high * (1 + 1e-9)]))
+        tokens_off = np.nan_to_num((generated[None, columns] - generated[rows, None]) / tokens - 1, nan=9.0)
+        requests_off = np.nan_to_num((finished[None, columns] - finished[rows, None]) / requests - 1, nan=9.0)
+        if more:
+            allowed = (tokens_off >= -NEAR) & (tokens_off <= 0.5)
+            allowed &= (requests_off >= 0) & (requests_off <= max(0.25, 2 / requests))
+        else:
+            allowed = (np.abs(tokens_off) <= NEAR) & (np.abs(requests_off) <= NEAR)
+        before, after = np.nonzero(allowed)
+        error = (np.abs(tokens_off) + np.abs(requests_off))[before, after]
+        first, last = starts[rows][before], ends[columns][after]
+        later = last > first
+        found += zip(*(values[later].tolist() for values in (error, last - first, first, last)), strict=True)
+        if len(found) > MOST_WINDOWS:
+            advice = "give the scrapes of one run at a time"
+            raise Problem("too many scrapes hold as much as the run", file, advice=advice).error()
+    return found
 
 
 def _completed(scrape: Snapshot) -> float:

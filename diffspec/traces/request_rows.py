@@ -8,6 +8,7 @@ import numpy as np
 
 from ..results import TraceError
 from .json_text import parse_json
+from .parquet_size import check_parquet
 from .problems import Problem
 from .schema import COLUMNS
 from .source import Source
@@ -46,12 +47,15 @@ class RequestRows:
                 convert_options=pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True),
             )
         if kind == "json":
+            if source.head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                advice = "write one object a line (JSON lines), or CSV or Parquet: they are streamed"
+                raise Problem("the requests are one JSON list", source.file, advice=advice).error()
             _check_nesting(source)
         elif kind == "parquet":
             kind = _parquet_format(source)
         with _AsTraceError(source):
             self.dataset = pyarrow.dataset.dataset(str(source.path), format=kind)
-        names = self.dataset.schema.names
+            names = self.dataset.schema.names
         missing = [name for name in NEEDED if name not in names]
         if missing:
             raise Problem(
@@ -184,7 +188,8 @@ def _parquet_format(source: Source) -> Any:
     import pyarrow.parquet
 
     with _AsTraceError(source):
-        schema = pyarrow.parquet.read_schema(source.path)
+        schema, metadata = pyarrow.parquet.read_schema(source.path), pyarrow.parquet.read_metadata(source.path)
+        check_parquet(metadata, source.file, source.path.stat().st_size, {*TIMES, *TOKENS, *KEYS, "ok", "measured"})
         texts = {
             field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
         }

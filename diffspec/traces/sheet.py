@@ -14,6 +14,8 @@ from .schema import COLUMNS, METHOD_ALIASES, Column
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 Advice = str | Callable[[Any], str | None] | None
+LONGEST_TEXT = 100_000
+"""Longest text of a cell [characters]: a longer one cannot be read back from CSV."""
 
 
 class Sheet:
@@ -42,6 +44,10 @@ class Sheet:
         name = item.name
         if item.dtype == "text":
             self.texts[name] = [_text(cell) for cell in cells]
+            for index, text in enumerate(self.texts[name]):
+                if text is not None and len(text) > LONGEST_TEXT:
+                    self.flag_one(index, name, "the text is too long", text, f"up to {LONGEST_TEXT} characters")
+                    self.texts[name][index] = None
             self.given[name] = np.array([text is not None for text in self.texts[name]], bool)
             if item.choices:
                 self._choose(item)

@@ -13,7 +13,7 @@ from typing import Any
 from ..results import TraceError
 from .json_text import parse_json
 from .problems import Problem
-from .table import decode, read_bytes
+from .table import decode, file_name, read_bytes
 
 HEAD = 1 << 16
 MOST_BYTES = 1 << 30
@@ -25,7 +25,7 @@ class Source:
     unreadable, or (read whole) larger than 1 GiB."""
 
     def __init__(self, path: str | Path):
-        self.path, self.file = Path(path), str(path)
+        self.path, self.file = Path(path), file_name(path)
 
     @cached_property
     def head(self) -> bytes:
@@ -75,6 +75,11 @@ class Source:
             except TraceError:  # the first line of a file that is one indented object
                 pass
         return self.records[0][1] if self.records else None
+
+    def forget(self) -> None:
+        """Let go of what was read beyond the head: in a folder with many files it adds up."""
+        for name in ("data", "text", "records", "first"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def columns(self) -> tuple[str, ...]:

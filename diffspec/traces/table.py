@@ -15,11 +15,12 @@ from typing import Any
 import pandas as pd
 
 from ..results import TraceError
+from .parquet_size import check_parquet
 from .problems import Problem, repeated
 from .schema import NAMES, RESERVED
 from .validation import validate
 
-__all__ = ["read_bytes", "read_table", "table_from_bytes", "validate"]
+__all__ = ["file_name", "read_bytes", "read_table", "table_from_bytes", "validate"]
 
 _MAGIC = (
     (b"PK\x03\x04", "a zip archive or Excel workbook", "export the sheet as CSV (UTF-8)"),
@@ -34,10 +35,19 @@ MOST_CELLS, MOST_COLUMNS = 5_000_000, 1000
 """Largest table of operating points, a row counting as all columns of the table at least."""
 
 
+def file_name(path: str | Path) -> str:
+    """The name of a file as text that can be written and printed: what is no Unicode in it becomes a question mark.
+
+    >>> file_name(Path("run\\udcff.json"))
+    'run?.json'
+    """
+    return str(path).encode("utf-8", "replace").decode("utf-8")
+
+
 def read_bytes(path: str | Path, at_most: int = -1) -> bytes:
     """The bytes of a file, or the first `at_most`. Raises `TraceError` when it is missing, empty, a folder or
     unreadable."""
-    file = str(path)
+    file = file_name(path)
     try:
         if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
             advice = "write it to a file first: it is read more than once"
@@ -63,7 +73,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     CSV may be separated by commas, tabs or semicolons and must be UTF-8. Raises `TraceError` for a file that is
     missing, empty, cut off or no table (binary, HTML, JSON, duplicate column names).
     """
-    return table_from_bytes(read_bytes(path), str(path))
+    return table_from_bytes(read_bytes(path), file_name(path))
 
 
 def table_from_bytes(data: bytes, file: str) -> pd.DataFrame:
@@ -102,12 +112,13 @@ def _parquet(data: bytes, file: str) -> pd.DataFrame:
         raise Problem("the Parquet file is cut off", file=file, advice="copy or write it again").error()
     try:
         opened, held, batches = pyarrow.parquet.ParquetFile(io.BytesIO(data)), 0, []
-        _check_size(opened.metadata.num_rows * max(opened.metadata.num_columns, len(NAMES)), file)
+        check_size(opened.metadata.num_rows * max(opened.metadata.num_columns, len(NAMES)), file)
+        check_size(check_parquet(opened.metadata, file, len(data)), file)
         _check_header([str(name).strip() for name in opened.schema_arrow.names], file)
         for batch in opened.iter_batches(batch_size=64):  # a small file may hold very much
             plain = [_decoded(column) for column in batch.columns]
             held += sum(column.nbytes for column in plain)
-            _check_size(held // 40, file)
+            check_size(held // 40, file)
             batches.append(pyarrow.record_batch(plain, names=batch.schema.names))
         empty = [_decoded(pyarrow.array([], field.type)) for field in opened.schema_arrow]
         batches.append(pyarrow.record_batch(empty, names=opened.schema_arrow.names))
@@ -118,7 +129,8 @@ def _parquet(data: bytes, file: str) -> pd.DataFrame:
     except Exception as error:  # pyarrow raises many kinds, some of them OSError
         raise Problem(f"the Parquet file cannot be read: {str(error)[:200]}", file=file).error() from None
     frame = frame.reset_index(drop=True)
-    frame.columns = [str(name).strip() for name in frame.columns]
+    names = [str(name).replace("\x00", "").strip() for name in frame.columns]
+    frame.columns = [name or f"unnamed_{place}" for place, name in enumerate(names, start=1)]
     _check_header(list(frame.columns), file)
     return _sourced(frame, file, [position + 2 for position in range(len(frame))], [])
 
@@ -155,7 +167,7 @@ def _csv(text: str, file: str) -> pd.DataFrame:
                 header = _header(cells, file)
             numbered.append((row, cells))
             held += max(len(cells), len(NAMES))
-            _check_size(held, file)
+            check_size(held, file)
     except csv.Error as error:
         reason = "a quoted cell is never closed" if "unexpected end" in str(error) else str(error)
         raise Problem(f"not valid CSV: {reason}", file=file, advice="the file may be cut off").error() from None
@@ -182,7 +194,8 @@ def csv_lines(text: str) -> Iterator[str]:
     return (found.group() for found in re.finditer(r"[^\r\n]*+(?:\r\n?|\n)|[^\r\n]++", text))
 
 
-def _check_size(cells: int, file: str) -> None:
+def check_size(cells: int, file: str) -> None:
+    """Raise `TraceError` when a table of operating points has too many cells."""
     if cells > MOST_CELLS:
         advice = "is every row a run? Of requests give arrival_time and completion_time, and they are streamed"
         raise Problem("too large for operating points", file, allowed=f"{MOST_CELLS} cells", advice=advice).error()

@@ -3,12 +3,13 @@
 import difflib
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from . import consistency
-from .problems import Problem, near, repeated
+from .problems import Problem, near, repeated, shorten
 from .schema import COLUMNS, DEFAULT_DEPLOYMENT, NAMES, NUMBER_NAMES, OBSERVABLES, RESERVED, TEXT_NAMES
 from .sheet import Sheet, is_missing, parse_number
 
@@ -74,7 +75,7 @@ def _name_unknown(unknown: list[str], file: str | None) -> str:
     named = []
     for name in unknown[:12]:
         hint = near(name, NAMES)
-        named.append(f"'{name}' ({hint})" if hint else f"'{name}'")
+        named.append(f"'{shorten(name)}'" + (f" ({hint})" if hint else ""))
     more = f" and {len(unknown) - 12} more" if len(unknown) > 12 else ""
     return f"{_of(file)}unknown columns are kept and not used: {', '.join(named)}{more}"
 
@@ -175,9 +176,14 @@ def _canonical(sheet: Sheet, frame: pd.DataFrame, unknown: list[str]) -> pd.Data
 
 
 def _tidy(cells: Iterable) -> pd.Series:
-    """An unknown column: numbers where every given cell is one, else as found with None for empty."""
+    """An unknown column: numbers where every given cell is one, else plain values or text, None for empty."""
     try:
         values = [parse_number(cell) for cell in cells]
         return pd.Series([math.nan if value is None else value for value in values], dtype=float)
     except ValueError:
-        return pd.Series([None if is_missing(cell) else cell for cell in cells], dtype=object)
+        return pd.Series([None if is_missing(cell) else _plain(cell) for cell in cells], dtype=object)
+
+
+def _plain(cell: Any) -> Any:
+    """A cell as text, number or truth value: dates, lists and bytes of a Parquet file as text."""
+    return cell if isinstance(cell, (str, bool, int, float)) else str(cell)

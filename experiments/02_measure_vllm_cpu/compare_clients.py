@@ -4,7 +4,7 @@
 
 Each round runs both clients at each load, the order changing from round to round. A client's mean over the rounds has a
 95 % confidence interval from the spread of its rounds (Student's t); the clients agree where the interval of the
-difference of paired rounds holds zero. Arrivals of the open loop are evenly spaced, since two clients draw two different
+difference of paired rounds holds zero. Arrivals of the open loop are evenly spaced, since two clients draw two
 Poisson streams, and the rate a short stream really offers differs from its nominal one by several per cent.
 """
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..parquet_size import check_parquet
 from ..problems import Problem, repeated
 from ..source import Source
 
@@ -113,7 +114,7 @@ def summary(frame: pd.DataFrame) -> dict[str, float]:
         values = values[~np.isnan(values)]
         mean = float(values.mean()) if len(values) else math.nan
         found[f"{name}_length"] = mean
-        found[f"{name}_scv"] = float(values.var() / mean**2) if mean > 0 else math.nan
+        found[f"{name}_scv"] = float(values.var() / mean**2) if mean > SHORTEST else math.nan
     return found
 
 
@@ -168,8 +169,9 @@ def _parquet(source: Source, names: list[str]) -> pd.DataFrame:
 
     opened = pyarrow.parquet.ParquetFile(source.path)
     rows, size = opened.metadata.num_rows, source.path.stat().st_size
-    if rows > min(MOST_ROWS, max(size, 1 << 20)):  # times differ: a row takes a byte at least
+    if rows > MOST_ROWS:
         raise ValueError(f"{rows} rows in {size} bytes; up to {MOST_ROWS} can be held")
+    check_parquet(opened.metadata, source.file, size, names)
     found = {str(name).strip(): str(name) for name in opened.schema_arrow.names}
     table = opened.read(columns=[found[name] for name in names])
     columns = {}

@@ -53,8 +53,8 @@ def is_report(value: Any) -> bool:
 
 def read_guidellm(source: Source) -> pd.DataFrame:
     """The benchmarks of a report as a raw frame (see `formats.Format`); `source_row` is their place in it, from 1."""
-    report = source.first
-    records = list(enumerate(report["benchmarks"], start=1))
+    reports = [value["benchmarks"] if is_report(value) else [value] for _, value in source.records]
+    records = list(enumerate((item for items in reports for item in items), start=1))
     rows = Rows()
     rows.add(source.file, read_all(records, source.file, is_benchmark, read_benchmark, WHAT))
     return rows.frame()

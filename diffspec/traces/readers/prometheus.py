@@ -156,13 +156,14 @@ def parse(text: str, file: str = "the text") -> list[Snapshot]:
     warnings = []
     if cut.strip():
         warnings.append(f"{file}: the last line has no end and is left out: the file may be cut off")
-    blocks = [_Block(1, None)]
+    block, found = _Block(1, None), []
     places: dict[str, _Place] = {}  # the same names come again in every scrape
     for row, line in enumerate(lines, start=1):
         if line.startswith("#"):
             mark = MARK.match(line)
             if mark:
-                blocks.append(_Block(row, _time(mark[1], file, row)))
+                found += block.snapshots(file, tuple(warnings))
+                block = _Block(row, _time(mark[1], file, row))
             continue
         words = line.split("{", 1)[0].split(None, 1)
         wire = _WIRE.get(words[0]) if words else None
@@ -172,8 +173,8 @@ def parse(text: str, file: str = "the text") -> list[Snapshot]:
             name, value, stamp = _split(line)
             if name not in places:
                 places[name] = _place(wire, name)
-            blocks[-1].engines.add(line.split(":", 1)[0])
-            blocks[-1].add(name, places[name], value, stamp)
+            block.engines.add(line.split(":", 1)[0])
+            block.add(name, places[name], value, stamp)
         except _Twice:
             advice = "put a line '# scrape <unix time>' before each scrape, or give one file for each"
             raise Problem(
@@ -181,7 +182,7 @@ def parse(text: str, file: str = "the text") -> list[Snapshot]:
             ).error() from None
         except (ValueError, IndexError, OverflowError, RecursionError, StopIteration):
             raise Problem("not a line of a Prometheus exposition", file, row, got=line).error() from None
-    found = [block.snapshot(file, tuple(warnings)) for block in blocks if block.engines & {"vllm", "sglang"}]
+    found += block.snapshots(file, tuple(warnings))
     if not found:
         advice = "scrape http://SERVER/metrics of vLLM, or of SGLang started with --enable-metrics"
         raise Problem("no counter of vLLM or SGLang has a value", file, advice=advice).error()
@@ -268,7 +269,11 @@ class _Block:
         if place.model:
             self.models.add(place.model)
 
-    def snapshot(self, file: str, warnings: tuple[str, ...]) -> Snapshot:
+    def snapshots(self, file: str, warnings: tuple[str, ...]) -> list[Snapshot]:
+        """The scrape, or nothing where no engine has a value in it."""
+        return [self._snapshot(file, warnings)] if self.engines & {"vllm", "sglang"} else []
+
+    def _snapshot(self, file: str, warnings: tuple[str, ...]) -> Snapshot:
         totals: dict[tuple, float] = {}
         first: dict[str, str] = {}
         for _, key, _, _, name in self.cells:

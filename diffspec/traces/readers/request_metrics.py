@@ -61,6 +61,8 @@ _EVENT = re.compile(rb"(?m)^data: ?\{")
 _DEEPEST = 4  # response > body > choices > meta_info
 _LONGEST = 1000  # draft positions
 _MOST = 2**53
+MOST_REQUESTS = 1_000_000
+"""Most requests read: about two gigabytes of memory."""
 
 
 def recognises(source: Source) -> bool:
@@ -88,6 +90,9 @@ def read(source: Source) -> pd.DataFrame:
     for line, record in _records(source):
         found = _find(record)
         silent += not found
+        if len(rows) + len(bad) + len(found) > MOST_REQUESTS:
+            advice = "split the file"
+            raise Problem("too many requests", source.file, allowed=f"up to {MOST_REQUESTS}", advice=advice).error()
         for item in found:
             try:
                 rows.append({**_row(item), "source_file": source.file, "source_row": line})

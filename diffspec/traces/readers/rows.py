@@ -9,6 +9,7 @@ import pandas as pd
 
 from ..problems import Problem
 from ..schema import NAMES
+from ..table import check_size
 
 Result = tuple[int, dict[str, Any], list[str], list[Problem]]
 """A row's place in its file, its cells, notes for the reader, and what is wrong with it."""
@@ -25,15 +26,17 @@ class Rows:
     def add(self, file: str, results: Iterable[Result]) -> None:
         """The rows of one file, each with its place in it, its notes, and its problems. A note that several rows share
         is said once."""
-        results = list(results)
         told: dict[str, list[int]] = {}
+        before = len(self.rows)
         for number, row, notes, faults in results:
             self.rows.append({**row, "source_file": file, "source_row": number})
+            check_size(len(self.rows) * len(NAMES), file)
             for note in dict.fromkeys(notes):
                 told.setdefault(note, []).append(number)
             self.problems += [Problem(**{**fault.__dict__, "file": file, "row": number}) for fault in faults]
         for note, numbers in told.items():
-            place = "" if len(results) == 1 else f", row {numbers[0]}" if len(numbers) == 1 else f", {_span(numbers)}"
+            place = f", row {numbers[0]}" if len(numbers) == 1 else f", {_span(numbers)}"
+            place = "" if len(self.rows) == before + 1 else place
             self.warnings.append(f"{file}{place}: {note}")
 
     def frame(self) -> pd.DataFrame:

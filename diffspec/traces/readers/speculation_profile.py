@@ -79,6 +79,8 @@ def read(source: Source) -> SpeculationProfile:
     record = source.first
     if not isinstance(record, dict):
         raise Problem("no speculation profile", source.file, got=type(record).__name__).error()
+    if len(source.records) > 1:
+        raise Problem("several values in the file", source.file, got=len(source.records), allowed="one profile").error()
     return from_record(record, source.file)
 
 

@@ -14,7 +14,9 @@ from typing import Any
 import pandas as pd
 
 from ..problems import Problem
+from ..schema import NAMES
 from ..source import Source
+from ..table import check_size
 
 COLUMNS = (
     "case",
@@ -63,6 +65,7 @@ def read(source: Source) -> pd.DataFrame:
     for line, record in source.records:
         try:
             rows += [{**row, "source_file": source.file, "source_row": line} for row in rows_of(record)]
+            check_size(len(rows) * len(NAMES), source.file)
         except _Unusable as error:
             bad.append(Problem(str(error), source.file, line, error.key, error.got))
     if not rows:

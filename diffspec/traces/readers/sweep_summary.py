@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..json_text import loads
 from ..problems import Problem, repeated
 from ..schema import TEXT_NAMES
 from ..source import Source
@@ -27,6 +28,8 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _TEXTS = {*TEXT_NAMES, "date", "label", "model_id", "tokenizer_id", "backend", "endpoint_type"}
 _LONGEST_CELL = 10_000_000
 """Longest cell [characters]: a list with a latency of every request."""
+_LONGEST_LITERAL = 1_000_000
+"""Longest cell [characters] of anything else: Python's own parser takes several hundred bytes for each."""
 
 
 def recognises(source: Source) -> bool:
@@ -85,8 +88,12 @@ def value(name: str, cell: str) -> Any:
         return {"inf": "inf", "nan": math.nan, "true": True, "false": False}[cell.lower()]
     if cell.startswith(("[", "{", "(")) and "\\u" not in cell.lower():  # no half of a surrogate pair
         try:
+            return loads(cell)  # lists of numbers, above all
+        except (ValueError, RecursionError):
+            pass
+        try:
             with warnings.catch_warnings(action="ignore"):  # of the parser, about odd literals
-                return ast.literal_eval(cell)
+                return ast.literal_eval(cell) if len(cell) <= _LONGEST_LITERAL else cell
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             return cell
     return cell
