@@ -8,87 +8,237 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diffspec.acceptance import ConstantAcceptance, MeasuredAcceptance, PositionAcceptance
+    from diffspec.acceptance import (
+        ConstantAcceptance,
+        MeasuredAcceptance,
+        PositionAcceptance,
+        acceptance_from_draft_acceptance_rate,
+        acceptance_from_tokens_per_step,
+    )
+    from diffspec.acceptance_curves import (
+        conditional_to_histogram,
+        conditional_to_marginal,
+        histogram_to_conditional,
+        marginal_to_conditional,
+    )
+    from diffspec.acceptance_decay import DecayingAcceptance, decay_from_tokens_per_step, fit_decay, shrink_to_decay
     from diffspec.analysis.answers import predict_answer
+    from diffspec.analysis.before_traces import predict_before_traces, predict_transferred
     from diffspec.analysis.sensitivity import sensitivity
+    from diffspec.architecture import Transformer, eagle_head, read_architecture
+    from diffspec.batch_state import BatchState, StepParts
+    from diffspec.drafters import (
+        AbstractDrafter,
+        BlockDrafter,
+        DraftCost,
+        DraftModel,
+        NgramDrafter,
+        NoDrafter,
+        OverlappedDrafter,
+        RemoteDrafter,
+        WindowedDrafter,
+    )
     from diffspec.experts import ExpertRouting
+    from diffspec.first_principles import Efficiency, FirstPrinciples, step_time_from
     from diffspec.fitting.deployment import FittedDeployment, FittedModel
     from diffspec.fitting.evaluate import evaluate
     from diffspec.fitting.fit import fit
+    from diffspec.fitting.principles import transfer
+    from diffspec.hardware import Accelerator, accelerator
     from diffspec.optimizing.policy import optimize
+    from diffspec.resources import MemoryPlan, energy_per_token, memory_plan
     from diffspec.results import RESULTS, DiffspecError, InputError, NoResultError, TraceError
     from diffspec.serving import Configuration, Prediction, ServingModel
     from diffspec.steady_state import SteadyState, solve_closed_loop, solve_open_loop
-    from diffspec.step_time import (
-        AbstractStepTime,
-        AffineStepTime,
-        BatchState,
-        DraftCost,
-        ExpertCost,
-        RooflineStepTime,
-        StepParts,
-    )
+    from diffspec.step_time import AbstractStepTime, AffineStepTime, ExpertCost, RooflineStepTime
     from diffspec.traces import Trace, check, read_trace
+    from diffspec.tree_search import BestTree, RegularTree, best_budget, best_tree
+    from diffspec.trees import Tree, TreeAcceptance, TreeStepTime
     from diffspec.workload import Workload
 
 __all__ = [
     "RESULTS",
+    "AbstractDrafter",
     "AbstractStepTime",
+    "Accelerator",
     "AffineStepTime",
     "BatchState",
+    "BestTree",
+    "BlockDrafter",
     "Configuration",
     "ConstantAcceptance",
+    "DecayingAcceptance",
     "DiffspecError",
     "DraftCost",
+    "DraftModel",
+    "Efficiency",
     "ExpertCost",
     "ExpertRouting",
+    "FirstPrinciples",
     "FittedDeployment",
     "FittedModel",
     "InputError",
     "MeasuredAcceptance",
+    "MemoryPlan",
+    "NgramDrafter",
+    "NoDrafter",
     "NoResultError",
+    "OverlappedDrafter",
     "PositionAcceptance",
     "Prediction",
+    "RegularTree",
+    "RemoteDrafter",
     "RooflineStepTime",
     "ServingModel",
     "SteadyState",
     "StepParts",
     "Trace",
     "TraceError",
+    "Transformer",
+    "Tree",
+    "TreeAcceptance",
+    "TreeStepTime",
+    "WindowedDrafter",
     "Workload",
+    "accelerator",
+    "acceptance_from_draft_acceptance_rate",
+    "acceptance_from_tokens_per_step",
+    "best_budget",
+    "best_tree",
     "check",
+    "conditional_to_histogram",
+    "conditional_to_marginal",
+    "decay_from_tokens_per_step",
+    "eagle_head",
+    "energy_per_token",
     "evaluate",
     "fit",
+    "fit_decay",
+    "histogram_to_conditional",
+    "marginal_to_conditional",
+    "memory_plan",
     "optimize",
     "predict_answer",
+    "predict_before_traces",
+    "predict_transferred",
+    "read_architecture",
     "read_trace",
     "sensitivity",
+    "shrink_to_decay",
     "solve_closed_loop",
     "solve_open_loop",
+    "step_time_from",
+    "transfer",
 ]
 
 _HOMES = {
-    "acceptance": ("ConstantAcceptance", "MeasuredAcceptance", "PositionAcceptance"),
+    "acceptance": (
+        "ConstantAcceptance",
+        "MeasuredAcceptance",
+        "PositionAcceptance",
+        "acceptance_from_draft_acceptance_rate",
+        "acceptance_from_tokens_per_step",
+    ),
+    "acceptance_curves": (
+        "conditional_to_histogram",
+        "conditional_to_marginal",
+        "histogram_to_conditional",
+        "marginal_to_conditional",
+    ),
+    "acceptance_decay": (
+        "DecayingAcceptance",
+        "decay_from_tokens_per_step",
+        "fit_decay",
+        "shrink_to_decay",
+    ),
     "analysis.answers": ("predict_answer",),
+    "analysis.before_traces": (
+        "predict_before_traces",
+        "predict_transferred",
+    ),
     "analysis.sensitivity": ("sensitivity",),
+    "architecture": (
+        "Transformer",
+        "eagle_head",
+        "read_architecture",
+    ),
+    "batch_state": (
+        "BatchState",
+        "StepParts",
+    ),
+    "drafters": (
+        "AbstractDrafter",
+        "BlockDrafter",
+        "DraftCost",
+        "DraftModel",
+        "NgramDrafter",
+        "NoDrafter",
+        "OverlappedDrafter",
+        "RemoteDrafter",
+        "WindowedDrafter",
+    ),
     "experts": ("ExpertRouting",),
-    "fitting.deployment": ("FittedDeployment", "FittedModel"),
+    "first_principles": (
+        "Efficiency",
+        "FirstPrinciples",
+        "step_time_from",
+    ),
+    "fitting.deployment": (
+        "FittedDeployment",
+        "FittedModel",
+    ),
     "fitting.evaluate": ("evaluate",),
     "fitting.fit": ("fit",),
+    "fitting.principles": ("transfer",),
+    "hardware": (
+        "Accelerator",
+        "accelerator",
+    ),
     "optimizing.policy": ("optimize",),
-    "results": ("RESULTS", "DiffspecError", "InputError", "NoResultError", "TraceError"),
-    "serving": ("Configuration", "Prediction", "ServingModel"),
-    "steady_state": ("SteadyState", "solve_closed_loop", "solve_open_loop"),
+    "resources": (
+        "MemoryPlan",
+        "energy_per_token",
+        "memory_plan",
+    ),
+    "results": (
+        "RESULTS",
+        "DiffspecError",
+        "InputError",
+        "NoResultError",
+        "TraceError",
+    ),
+    "serving": (
+        "Configuration",
+        "Prediction",
+        "ServingModel",
+    ),
+    "steady_state": (
+        "SteadyState",
+        "solve_closed_loop",
+        "solve_open_loop",
+    ),
     "step_time": (
         "AbstractStepTime",
         "AffineStepTime",
-        "BatchState",
-        "DraftCost",
         "ExpertCost",
         "RooflineStepTime",
-        "StepParts",
     ),
-    "traces": ("Trace", "check", "read_trace"),
+    "traces": (
+        "Trace",
+        "check",
+        "read_trace",
+    ),
+    "tree_search": (
+        "BestTree",
+        "RegularTree",
+        "best_budget",
+        "best_tree",
+    ),
+    "trees": (
+        "Tree",
+        "TreeAcceptance",
+        "TreeStepTime",
+    ),
     "workload": ("Workload",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

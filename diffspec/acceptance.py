@@ -21,6 +21,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from diffspec.acceptance_curves import draft_acceptance_rate_to_tokens_per_step
 from diffspec.parameters import Scalar
 from diffspec.results import InputError
 from diffspec.workload import check_range
@@ -130,7 +131,7 @@ class PositionAcceptance(AbstractPositionwise):
         return _extend(self.position_acceptance)
 
     def position_weights(self, draft_length: Scalar) -> Float[Array, "32"]:
-        return _monotone_weights(self.conditional_rates(draft_length), draft_length)
+        return monotone_weights(self.conditional_rates(draft_length), draft_length)
 
 
 class MeasuredAcceptance(AbstractPositionwise):
@@ -158,7 +159,7 @@ class MeasuredAcceptance(AbstractPositionwise):
         return rates
 
     def position_weights(self, draft_length: Scalar) -> Float[Array, "32"]:
-        return _monotone_weights(self.conditional_rates(draft_length), draft_length)
+        return monotone_weights(self.conditional_rates(draft_length), draft_length)
 
 
 def _unit_ramp(x):
@@ -172,8 +173,12 @@ def _part_of_position(draft_length):
     return _unit_ramp(jnp.asarray(draft_length, dtype=float) - positions)
 
 
-def _monotone_weights(rates, draft_length):
-    """Hermite weight of each position; slopes 2/(1+a_j) and 2a/(1+a) are harmonic means divided by the gain S_j."""
+def monotone_weights(rates, draft_length):
+    """Hermite weight of each position, so that E(k) is the monotone cubic of Fritsch and Butland (1984).
+
+    ``rates``: a_1..a_32, the ratio of each gain to the one before it; the slopes 2/(1+a_j) and 2a/(1+a) at the ends are
+    harmonic means of neighbouring gains divided by the gain S_j.
+    """
     part = _part_of_position(draft_length)
     following = jnp.append(rates[1:], rates[-1:])
     step = part**2 * (3.0 - 2.0 * part)
@@ -213,6 +218,19 @@ def acceptance_from_tokens_per_step(tokens_per_step: float | int, draft_length: 
         partial = 0.0 if fraction == 0 else middle ** (int(draft_length) + 1) * _partial_weight(middle, fraction)
         low, high = (middle, high) if 1 + np.sum(middle**whole) + partial < tokens_per_step else (low, middle)
     return ConstantAcceptance(0.5 * (low + high))
+
+
+def acceptance_from_draft_acceptance_rate(
+    draft_acceptance_rate: float | int, draft_length: float | int
+) -> ConstantAcceptance:
+    """The constant acceptance of which a share draft_acceptance_rate of draft_length drafted tokens is accepted.
+
+    >>> round(float(acceptance_from_draft_acceptance_rate(0.5904, 4).acceptance_rate), 6)
+    0.8
+    """
+    return acceptance_from_tokens_per_step(
+        draft_acceptance_rate_to_tokens_per_step(draft_acceptance_rate, draft_length), draft_length
+    )
 
 
 def _partial_weight(rate: float, fraction: float) -> float:

@@ -10,41 +10,22 @@ from abc import abstractmethod
 import equinox as eqx
 import jax.numpy as jnp
 
+from diffspec.batch_state import BatchState, StepParts, smooth_maximum
+from diffspec.drafters import AbstractDrafter, DraftCost
 from diffspec.experts import ExpertRouting
 from diffspec.parameters import Scalar, parameter
 
-
-class BatchState(eqx.Module):
-    """What one engine step works on; real-valued.
-
-    * ``sequences``: sequences that decode in this step [req]
-    * ``query_tokens``: tokens the verifier processes for them [tok]; sequences*(draft_length+1) for a chain
-    * ``kv_tokens``: cached tokens that they attend to [tok]
-    * ``prefill_tokens``: prompt tokens processed in this step [tok]
-    * ``draft_passes``: sequential passes of the drafter [1]; 0 without a drafter
-    * ``draft_tokens``: tokens the drafter emits [tok]
-    """
-
-    sequences: Scalar = 0.0
-    query_tokens: Scalar = 0.0
-    kv_tokens: Scalar = 0.0
-    prefill_tokens: Scalar = 0.0
-    draft_passes: Scalar = 0.0
-    draft_tokens: Scalar = 0.0
-
-
-class StepParts(eqx.Module):
-    """Where the time of one step goes [s]; the step lasts their sum, :attr:`total`."""
-
-    overhead: Scalar
-    prefill: Scalar
-    draft: Scalar
-    verify: Scalar
-
-    @property
-    def total(self):
-        """overhead + prefill + draft + verify [s]."""
-        return self.overhead + self.prefill + self.draft + self.verify
+__all__ = [
+    "AbstractStepTime",
+    "AffineStepTime",
+    "BatchState",
+    "DraftCost",
+    "ExpertCost",
+    "RooflineStepTime",
+    "StepParts",
+    "scaled",
+    "smooth_maximum",
+]
 
 
 class AbstractStepTime(eqx.Module):
@@ -58,43 +39,6 @@ class AbstractStepTime(eqx.Module):
     @abstractmethod
     def __call__(self, state: BatchState) -> StepParts:
         """Duration of the step that works on ``state``, by part [s]."""
-
-
-class DraftCost(eqx.Module):
-    """draft_passes*(pass_base + pass_sequence*sequences + pass_kv*kv_tokens) + block_base + block_sequence*sequences.
-
-    The last two terms count once a step whenever there is a drafter: a block drafter (MTP block, DFlash, DSpark,
-    PARD) has them alone, since its time hardly depends on draft_length. ``prefill_token`` is the drafter's own prefill.
-    """
-
-    pass_base: Scalar = parameter(0.0, unit="s", meaning="one draft pass, whatever the batch")
-    pass_sequence: Scalar = parameter(0.0, unit="s/req", meaning="one draft pass, for each sequence")
-    pass_kv: Scalar = parameter(0.0, unit="s/tok", meaning="one draft pass, for each cached token")
-    block_base: Scalar = parameter(0.0, unit="s", meaning="drafting once a step, whatever batch and draft length")
-    block_sequence: Scalar = parameter(0.0, unit="s/req", meaning="drafting once a step, for each sequence")
-    prefill_token: Scalar = parameter(0.0, unit="s/tok", meaning="drafter prefill, for each prompt token")
-
-    def draft(self, state: BatchState):
-        """Drafting time of one step [s]; zero without a drafter, so k = 0 and k -> 0+ differ by the block terms."""
-        per_pass = self.pass_base + self.pass_sequence * state.sequences + self.pass_kv * state.kv_tokens
-        once = self.block_base + self.block_sequence * state.sequences
-        return state.draft_passes * per_pass + jnp.where(jnp.asarray(state.draft_passes) > 0, once, 0.0)
-
-    def prefill(self, state: BatchState):
-        """Prefill time of the drafter [s]."""
-        time = self.prefill_token * state.prefill_tokens
-        return jnp.where(jnp.asarray(state.draft_passes) > 0, time, 0.0)
-
-    def scaled(self, ratio) -> "DraftCost":
-        """Every cost times ``ratio``: draft time is about linear in drafter parameters within a model family."""
-        return DraftCost(
-            pass_base=self.pass_base * ratio,
-            pass_sequence=self.pass_sequence * ratio,
-            pass_kv=self.pass_kv * ratio,
-            block_base=self.block_base * ratio,
-            block_sequence=self.block_sequence * ratio,
-            prefill_token=self.prefill_token * ratio,
-        )
 
 
 class ExpertCost(eqx.Module):
@@ -139,7 +83,7 @@ class AffineStepTime(AbstractStepTime):
     verify_query: Scalar = parameter(0.0, unit="s/tok", meaning="verification, for each verified token")
     verify_kv: Scalar = parameter(0.0, unit="s/tok", meaning="verification, for each cached token")
     prefill_token: Scalar = parameter(0.0, unit="s/tok", meaning="verifier prefill, for each prompt token")
-    draft: DraftCost = DraftCost()
+    draft: AbstractDrafter = DraftCost()
     experts: ExpertCost | None = None
     scale_bounded: bool = eqx.field(static=True, default=True)
 
@@ -156,7 +100,7 @@ class AffineStepTime(AbstractStepTime):
         return StepParts(
             overhead=jnp.zeros_like(verify),
             prefill=self.prefill_token * state.prefill_tokens + self.draft.prefill(state),
-            draft=self.draft.draft(state),
+            draft=self.draft.draft(state, verify),
             verify=verify,
         )
 
@@ -185,7 +129,7 @@ class RooflineStepTime(AbstractStepTime):
     step_overhead: Scalar = parameter(0.0, unit="s", meaning="one step's launch, scheduling and sampling")
     sequence_overhead: Scalar = parameter(0.0, unit="s/req", meaning="the same, for each sequence")
     prefill_token: Scalar = parameter(0.0, unit="s/tok", meaning="verifier prefill, for each prompt token")
-    draft: DraftCost = DraftCost()
+    draft: AbstractDrafter = DraftCost()
     experts: ExpertCost | None = None
     scale_bounded: bool = eqx.field(static=True, default=True)
 
@@ -199,26 +143,27 @@ class RooflineStepTime(AbstractStepTime):
         return StepParts(
             overhead=self.step_overhead + self.sequence_overhead * state.sequences,
             prefill=self.prefill_token * state.prefill_tokens + self.draft.prefill(state),
-            draft=self.draft.draft(state),
+            draft=self.draft.draft(state, verify),
             verify=verify,
         )
-
-
-def smooth_maximum(a, b, sharpness):
-    """(a^s + b^s)^(1/s) for a > 0, b >= 0, computed relative to the larger, so that nothing over- or underflows."""
-    high, low = jnp.maximum(a, b), jnp.minimum(a, b)
-    ratio = jnp.maximum(low / high, jnp.finfo(jnp.result_type(float)).tiny)
-    return high * jnp.exp(jnp.log1p(jnp.exp(sharpness * jnp.log(ratio))) / sharpness)
 
 
 def scaled(step_time, *, verifier: Scalar = 1.0, drafter: Scalar = 1.0):
     """A step time for models of other sizes: verifier costs times ``verifier``, drafter costs times ``drafter``.
 
     The ratios are parameter counts over those of the fitted deployment. About linear within one model family only
-    (arXiv 2605.15051): drafting latency follows depth, and overheads that do not scale are not scaled.
+    (arXiv 2605.15051): drafting latency follows depth, and overheads that do not scale are not scaled. In a form of
+    your own, attributes of the same names scale: verify_base, verify_query, weight_read, token_compute, prefill_token,
+    and a drafter in ``draft``; a form that wraps another one in ``inner`` scales that.
     """
+    if hasattr(step_time, "inner"):
+        inner = scaled(step_time.inner, verifier=verifier, drafter=drafter)
+        return eqx.tree_at(lambda s: s.inner, step_time, inner)
     per_weight = ("verify_base", "verify_query", "weight_read", "token_compute", "prefill_token")
     names = [name for name in per_weight if hasattr(step_time, name)]
-    step_time = eqx.tree_at(lambda s: s.draft, step_time, step_time.draft.scaled(drafter))
+    if hasattr(step_time, "draft"):
+        step_time = eqx.tree_at(lambda s: s.draft, step_time, step_time.draft.scaled(drafter))
+    if not names:
+        return step_time
     values = [getattr(step_time, name) * verifier for name in names]
     return eqx.tree_at(lambda s: [getattr(s, name) for name in names], step_time, values)

@@ -20,8 +20,12 @@ PACKAGE = REPOSITORY / "diffspec"
 # A module may import from strictly lower layers. A room is a top-level module or a package with all its files.
 LAYERS = (
     ("results", "parameters"),
-    ("workload", "hardware", "architecture"),
-    ("acceptance", "experts", "step_time"),
+    ("workload", "lengths", "hardware", "architecture"),
+    (
+        *("acceptance_curves", "acceptance", "acceptance_decay", "experts"),
+        *("batch_state", "drafters", "step_time", "trees", "tree_search"),
+        *("first_principles", "resources"),
+    ),
     ("steady_state", "waiting", "simulate"),
     ("serving", "traces", "datasets"),
     ("collecting", "fitting", "analysis", "optimizing"),

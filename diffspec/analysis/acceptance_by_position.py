@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from diffspec.acceptance_curves import conditional_to_tokens_per_step
 from diffspec.results import InputError
 from diffspec.traces.acceptance_counts import LABELS, AcceptanceCounts, acceptance_counts, profiles
 from diffspec.traces.gather import Gathered
@@ -105,7 +106,7 @@ def estimate(counts: AcceptanceCounts, group: dict[str, str] | None = None) -> A
         counts.unit,
         units,
         positions,
-        float(1 + np.cumprod(rates).sum()),
+        conditional_to_tokens_per_step(rates),
         slope if has_slope else None,
         low if has_slope else None,
         high if has_slope else None,

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from diffspec.cli.options import AllRows, AsJson, read_curve
+from diffspec.cli.options import (
+    AllRows,
+    AsJson,
+    Drafter,
+    DrafterKind,
+    Hardware,
+    TensorParallel,
+    Verifier,
+    read_curve,
+    read_pair,
+)
 from diffspec.cli.output import deliver, note, progress_bar
 from diffspec.cli.prepare import prepare_jax
 
@@ -35,6 +45,11 @@ def command(
         typer.Option(metavar="CURVE.JSON", help="Acceptance of rows that tell none, from 'diffspec acceptance'."),
     ] = None,
     all_rows: AllRows = False,
+    verifier: Verifier = None,
+    drafter: Drafter = None,
+    hardware: Hardware = None,
+    tensor_parallel: TensorParallel = None,
+    drafter_kind: DrafterKind = None,
     plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw the rows against the fit beside MODEL.JSON.")] = (
         True
     ),
@@ -48,6 +63,9 @@ def command(
     Example: diffspec fit runs.csv --out model.json --holdout "draft_length==3"
 
     A table to start from: diffspec fit --template > trace.csv
+
+    From first principles, so that predict --hardware can transfer it: diffspec fit runs.csv --out model.json
+    --verifier config.json --drafter draft.json --hardware h100
     """
     if template:
         from diffspec.traces import template as template_text
@@ -65,6 +83,11 @@ def command(
         raise InputError("TRACE is missing: diffspec fit TRACE... --out model.json, or diffspec fit --template")
     if out is None:
         raise InputError("--out is missing: diffspec fit TRACE... --out model.json")
+    start = None
+    if verifier is not None:
+        start = read_pair(verifier, drafter, hardware, tensor_parallel, drafter_kind)
+    elif (drafter, hardware, tensor_parallel, drafter_kind) != (None, None, None, None):
+        raise InputError("--drafter, --hardware, --tensor-parallel and --drafter-kind need --verifier CONFIG.JSON")
     check_target(out, tuple(traces))
     trace = read_trace(traces, skip_bad_rows=skip_bad_rows)
     if acceptance is not None:
@@ -76,6 +99,7 @@ def command(
             holdout=holdout,
             observables=None if observables is None else tuple(name.strip() for name in observables.split(",")),
             all_rows=all_rows,
+            start=start,
             progress=progress,
         )
     files: dict[Path, str | bytes] = {out: model.to_json()}

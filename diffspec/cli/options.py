@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from diffspec.acceptance import AbstractAcceptance
+    from diffspec.first_principles import FirstPrinciples
     from diffspec.fitting.deployment import FittedDeployment, FittedModel
     from diffspec.serving import Configuration
     from diffspec.workload import Workload
@@ -26,6 +27,36 @@ TracePaths = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout (times in seconds).")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write the answer to FILE, as JSON.")]
 PlotPath = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it to FILE (PNG).")]
+_HARDWARE = "Before any trace, or on other hardware"
+Verifier = Annotated[
+    Path | None,
+    typer.Option(
+        "--verifier", metavar="CONFIG.JSON", rich_help_panel=_HARDWARE, help="The model's Hugging Face config.json."
+    ),
+]
+Drafter = Annotated[
+    Path | None,
+    typer.Option(
+        "--drafter", metavar="CONFIG.JSON", rich_help_panel=_HARDWARE, help="The drafter's, where it has one."
+    ),
+]
+Hardware = Annotated[
+    str | None,
+    typer.Option("--hardware", metavar="NAME", rich_help_panel=_HARDWARE, help="Such as h200; '?' lists the presets."),
+]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option("--tensor-parallel", metavar="N", rich_help_panel=_HARDWARE, help="Devices that share the weights."),
+]
+DrafterKind = Annotated[
+    str | None,
+    typer.Option(
+        "--drafter-kind",
+        metavar="KIND",
+        rich_help_panel=_HARDWARE,
+        help="model, head (EAGLE-like), block or ngram; default: model with --drafter.",
+    ),
+]
 AllRows = Annotated[bool, typer.Option("--all-rows", help="Use rows that are not stationary too.")]
 DraftLength = Annotated[
     float, typer.Option("--draft-length", metavar="K", help="Drafted tokens per step; 0 for no speculation.")
@@ -194,6 +225,35 @@ def with_workload(command: Callable) -> Callable:
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def read_pair(
+    verifier: Path,
+    drafter: Path | None,
+    hardware: str | None,
+    tensor_parallel: int | None,
+    drafter_kind: str | None,
+    *,
+    prompt_length: float | None = None,
+    output_length: float | None = None,
+) -> "FirstPrinciples":
+    """Verifier, drafter and hardware as asked; the lengths only where they are known."""
+    from diffspec.architecture import read_architecture
+    from diffspec.first_principles import FirstPrinciples
+    from diffspec.hardware import PRESETS, accelerator
+    from diffspec.results import InputError
+
+    if hardware is None:
+        raise InputError(f"--hardware is missing; allowed: {', '.join(PRESETS)}")
+    lengths = {"prompt_length": prompt_length, "output_length": output_length}
+    return FirstPrinciples(
+        verifier=read_architecture(verifier),
+        hardware=accelerator(hardware),
+        drafter=None if drafter is None else read_architecture(drafter),
+        drafter_kind=drafter_kind or "",
+        tensor_parallel=1 if tensor_parallel is None else tensor_parallel,
+        **{name: float(value) for name, value in lengths.items() if value is not None},
+    )
 
 
 def parse_loads(text: str, option: str) -> list[float]:

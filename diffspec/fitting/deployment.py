@@ -99,7 +99,10 @@ class FittedDeployment:
         )
 
     def caveats(self, draft_length, workload_fields: dict[str, Any]) -> list[str]:
-        """Where a question lies outside what was measured: nothing is extrapolated silently."""
+        """Where a question lies outside what was measured: nothing is extrapolated silently. Empty where nothing was
+        measured at all: predictions from first principles state what they assume."""
+        if self.quality.get("rows") == 0:
+            return []
         notes = []
         lengths = self.measured["draft_lengths"]
         if draft_length > 0 and max(lengths) == 0:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffspec.first_principles import FirstPrinciples
+from diffspec.fitting import principles
 from diffspec.fitting.deployment import FittedDeployment, FittedModel, used_versions
 from diffspec.fitting.evaluate import not_predicted, predict_trace, reason_kind, summarise
 from diffspec.fitting.forms import build_form, read_scales
@@ -36,6 +38,7 @@ def fit(
     holdout: str | None = None,
     observables: tuple[str, ...] | None = None,
     all_rows: bool = False,
+    start: FirstPrinciples | None = None,
     progress: Progress | None = None,
 ) -> FittedModel:
     """Fit one model per deployment of ``trace``.
@@ -44,6 +47,8 @@ def fit(
     * ``holdout``: an expression such as ``"draft_length==3"``; those rows are left out and scored afterwards
     * ``observables``: restrict the objective, such as ``("ttft", "itl")``
     * ``all_rows``: use rows that are not stationary too; they are set aside otherwise
+    * ``start``: verifier, drafter and hardware of every deployment in the trace: priors are centred at first principles
+      instead of at scales read from the trace, and the model can be transferred to other hardware; roofline only
     * ``progress(what, share)`` is called while working
 
     Needs float64: set ``jax.config.update("jax_enable_x64", True)`` first, as the command line does.
@@ -53,6 +58,11 @@ def fit(
         raise InputError('fitting needs float64: call jax.config.update("jax_enable_x64", True) first')
     if step_time not in STEP_TIMES:
         raise InputError(f"step_time: got {step_time!r}; allowed: {', '.join(STEP_TIMES)}")
+    if start is not None and step_time == "affine":
+        raise InputError(
+            "step_time: got 'affine' with first principles (--verifier); allowed: auto, roofline: affine cannot "
+            "tell weight reads from launches"
+        )
     unknown = [name for name in observables or () if name not in OBSERVABLES]
     if unknown:
         raise InputError(f"observables: got {', '.join(unknown)}; allowed: {', '.join(OBSERVABLES)}")
@@ -65,7 +75,7 @@ def fit(
     fitted = []
     for name, frame in trace.frame.groupby("deployment", sort=False):
         apart = held_out[frame.index.to_numpy()]
-        deployment = _fit_deployment(str(name), frame[~apart], step_time, observables, all_rows, report)
+        deployment = _fit_deployment(str(name), frame[~apart], step_time, observables, all_rows, start, report)
         deployment.warnings.extend(trace.warnings)
         if apart.any():
             scores = _score(deployment, frame[apart], all_rows)
@@ -81,7 +91,7 @@ def _score(deployment: FittedDeployment, frame, all_rows: bool) -> dict[str, Any
     return summarise([predict_trace(deployment, frame)]) if len(frame) else {}
 
 
-def _fit_deployment(name, frame, step_time, observables, all_rows, report: Progress) -> FittedDeployment:
+def _fit_deployment(name, frame, step_time, observables, all_rows, start, report: Progress) -> FittedDeployment:
     reasons = set_aside_reasons(frame)
     kept = np.asarray([all_rows or reason is None for reason in reasons], dtype=bool)
     counted = Counter(reason_kind(reason) for reason in reasons if reason is not None and not all_rows)
@@ -94,6 +104,10 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, report: Progr
     if not targets:
         raise InputError(f"deployment {name!r}: no row has any of the observables to fit: {', '.join(OBSERVABLES)}")
     scales = _scales(frame, data, curve)
+    if start is not None:
+        start, step_time = principles.at_lengths(start, scales), "roofline"
+        defaults.pop("experts", None)
+        defaults |= principles.known(start)
     tried: dict[str, dict[str, Any]] = {}
     solutions = {}
     names = candidate_forms(step_time, "experts" in defaults)
@@ -104,6 +118,7 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, report: Progr
             report(label, (base + share) / len(names))
 
         form = build_form(form_name, scales, defaults.get("experts"))
+        form = form if start is None else principles.started(form, start)
         objective = build_objective(form, data, targets)
         ones = np.ones((LANES, len(data)))
         solution = minimise(objective, random_starts(objective.size), ones, progress=lambda s: part(0.8 * s))
@@ -126,6 +141,8 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, report: Progr
         solutions[form_name] = (serving, noise, objective.stand_in_ratios(vector))
     chosen = simplest_good({form: entry["held_out_error"] for form, entry in tried.items()})
     serving, noise, ratios = solutions[chosen]
+    if start is not None:
+        defaults[principles.KEY] = principles.remember(start, serving)
     deployment = FittedDeployment(
         name=name,
         form=chosen,

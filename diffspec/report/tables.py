@@ -61,6 +61,10 @@ def fit_summary(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
         if holdout:
             title += f", {holdout['rows']} rows held out ({holdout['expression']})"
         yield errors(parts, title)
+        told = deployment["defaults"].get("first_principles", {}).get("efficiency", {})
+        if told:
+            shares = ", ".join(f"{name} {percent(share)}" for name, share in told.items())
+            yield Text(f"of the data sheet ({deployment['defaults']['hardware']}) the fit reaches: {shares}")
         compared = {name: form["held_out_error"] for name, form in quality["forms"].items()}
         if len(compared) > 1:
             told = ", ".join(f"{name} {percent(value)}" for name, value in compared.items())
@@ -125,11 +129,68 @@ def prediction(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
     elif answer.get("breakeven_reason") not in (None, answer["speedup_reason"]):
         latencies.append(("break-even arrival rate", f"none: {answer['breakeven_reason']}"))
     title = f"{answer['deployment']}, draft length {answer['draft_length']:g}: {answer['outcome']}"
-    yield table(title, ("mean", "predicted"), latencies)
+    if answer.get("memory"):
+        yield from _unmeasured(answer, title, latencies)
+    else:
+        yield table(title, ("mean", "predicted"), latencies)
+    if answer["outcome"] == "does_not_fit":
+        return
     if answer["outcome"] == "saturated":
         yield Text(f"saturated: {quantity(answer['shortfall'], 'req/s')} more than the capacity is asked for")
     else:
         yield decomposition(answer["decomposition"])
+
+
+_IN_ROW = (
+    *("ttft", "itl", "tpot", "e2e_latency", "throughput", "capacity", "utilization", "effective_batch_size"),
+    *(None, "speedup"),
+)
+
+
+def _unmeasured(answer: Mapping[str, Any], title: str, rows: Sequence[tuple[str, str]]) -> Iterator[RenderableType]:
+    """Means with their intervals, the memory plan, energy, and what was assumed."""
+    told = answer["intervals"]
+    if told is not None:
+        names = (*_IN_ROW, *[None] * (len(rows) - len(_IN_ROW)))
+        shown = [(*row, _interval(name, told["metrics"].get(name))) for row, name in zip(rows, names, strict=True)]
+        energy = answer["energy_per_token"]
+        power = quantity(energy["power"], "W")
+        shown.append((f"energy per output token, at {power}", quantity(energy["joules"], "J"), NONE))
+        yield table(title, ("mean", "predicted", f"{told['level']:.0%} interval"), shown)
+        if told["saturated_share"]:
+            yield Text(f"{percent(told['saturated_share'])} of the draws saturate")
+    yield _memory(answer["memory"], title if told is None else "memory of each device")
+    yield table("assumed", ("what",), [(line,) for line in answer["assumptions"]])
+
+
+def _interval(name: str | None, edges: Mapping[str, float | None] | None) -> str:
+    if name is None or edges is None:
+        return NONE
+    units = {"throughput": "req/s", "capacity": "req/s", "effective_batch_size": "req"}
+    if name == "utilization":
+        low, high = percent(edges["low"]), percent(edges["high"])
+    else:
+        unit = "1" if name == "speedup" else units.get(name, "s")
+        low, high = (quantity(edges[edge], unit) for edge in ("low", "high"))
+    return f"{low} to {'unbounded' if edges['high'] is None else high}"
+
+
+def _memory(plan: Mapping[str, Any], title: str) -> Table:
+    """What fits into the memory of each device."""
+    gigabytes = [
+        ("memory, of which usable", "memory_bytes", "usable_bytes"),
+        ("verifier, drafter", "verifier_bytes", "drafter_bytes"),
+        ("activations, runtime", "activation_bytes", "reserve_bytes"),
+    ]
+    rows = [(name, ", ".join(f"{significant(plan[key] / 1e9)} GB" for key in keys)) for name, *keys in gigabytes]
+    if not plan["fits"]:
+        rows.append(("does not fit: missing", f"{significant(plan['missing_bytes'] / 1e9)} GB"))
+    rows += [
+        ("left for the KV cache", f"{significant(plan['free_bytes'] / 1e9)} GB"),
+        ("KV cache", f"{plan['kv_capacity_tokens']:.0f} tok"),
+        ("requests at their longest", significant(plan["sequences"])),
+    ]
+    return table(title, ("memory", "size"), rows)
 
 
 def decomposition(stages: Mapping[str, Mapping[str, float | None]]) -> Table:

@@ -1,0 +1,119 @@
+"""Memory and energy of a verifier and its drafter: does the pair fit, how many sequences, how many joules a token."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from diffspec.architecture import Transformer
+from diffspec.first_principles import IDEAL, FirstPrinciples
+from diffspec.step_time import AbstractStepTime, BatchState
+from diffspec.workload import check_range
+
+MEMORY_SHARE = 0.9
+"""Share of device memory that an engine may use (vLLM: gpu_memory_utilization)."""
+RESERVE_BYTES = 2e9
+"""Device memory of the runtime, captured graphs and communication buffers [B]: a usual size, not a measurement."""
+BATCHED_TOKENS = 8192
+"""Tokens of the largest step, for which activations are held (vLLM: max_num_batched_tokens)."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory of one device [B], and what is left for the KV cache.
+
+    ``kv_capacity_tokens`` [tok] = free / kv_bytes_per_token; ``sequences`` [req]: how many requests of prompt_length +
+    output_length tokens that is; ``missing_bytes``: by how much the weights and activations do not fit, else 0.
+    """
+
+    memory_bytes: float
+    usable_bytes: float
+    verifier_bytes: float
+    drafter_bytes: float
+    activation_bytes: float
+    reserve_bytes: float
+    kv_bytes_per_token: float
+    drafter_kv_bytes_per_token: float
+    free_bytes: float
+    missing_bytes: float
+    kv_capacity_tokens: float
+    sequences: float
+    fits: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def activation_bytes(model: Transformer, batched_tokens: float, devices: int = 1) -> float:
+    """Largest intermediate results of a step over ``batched_tokens`` [B], an estimate: 4 copies of the hidden state,
+    the 3 of the widest MLP, queries, keys and values, all in 2 B numbers, and logits of 256 sequences in 4 B."""
+    mlp = max(model.intermediate, model.experts_per_token * model.expert_intermediate + model.shared_intermediate, 1)
+    attention = (model.heads + 2 * model.kv_heads) * model.head_dim
+    per_token = 2.0 * (4 * model.hidden + (3 * mlp + attention) / devices)
+    return batched_tokens * per_token + 256 * 4.0 * model.vocab / devices
+
+
+def memory_plan(
+    pair: FirstPrinciples, *, memory_share: float = MEMORY_SHARE, batched_tokens: float = BATCHED_TOKENS
+) -> MemoryPlan:
+    """What fits on each of the pair's devices. A pair that does not fit is an answer: ``fits`` False, with numbers.
+
+    Errors: :class:`InputError` for a share outside (0, 1] or tokens outside [1, 1e7].
+    """
+    check_range("memory_share", memory_share, 0, 1, low_open=True, unit="")
+    check_range("batched_tokens", batched_tokens, 1, 1e7, low_open=False, unit="tok")
+    devices = pair.tensor_parallel
+    own = 0.0
+    if pair.drafter is not None:
+        own = pair.drafter.weight_bytes
+        if pair.drafter.extra_weights:  # a head that uses the verifier's embedding and head
+            own -= pair.drafter.embedding_weights * pair.drafter.head_bits / 8.0
+    usable = memory_share * pair.hardware.memory_bytes
+    verifier = pair.verifier.weight_bytes / devices
+    active = activation_bytes(pair.verifier, batched_tokens, devices)
+    per_token = pair.kv_bytes(pair.verifier)
+    drafter_kv = 0.0 if pair.drafter is None else pair.kv_bytes(pair.drafter)
+    free = usable - verifier - own / devices - active - RESERVE_BYTES
+    tokens = max(free, 0.0) / (per_token + drafter_kv)
+    longest = pair.prompt_length + pair.output_length
+    return MemoryPlan(
+        memory_bytes=pair.hardware.memory_bytes,
+        usable_bytes=usable,
+        verifier_bytes=verifier,
+        drafter_bytes=own / devices,
+        activation_bytes=active,
+        reserve_bytes=RESERVE_BYTES,
+        kv_bytes_per_token=per_token,
+        drafter_kv_bytes_per_token=drafter_kv,
+        free_bytes=max(free, 0.0),
+        missing_bytes=max(-free, 0.0),
+        kv_capacity_tokens=tokens,
+        sequences=tokens / longest,
+        fits=tokens >= longest,
+    )
+
+
+def energy_per_token(pair: FirstPrinciples, step: AbstractStepTime, state: BatchState, tokens_per_step, prefill_time):
+    """(joules per output token [J], power of a decode step [W]) of all the pair's devices while they work.
+
+        power  = idle + (limit - idle) * activity
+        joules = devices * (power*step_time/(sequences*tokens_per_step) + prefill power*prefill_time/output_length)
+
+    activity = time that the step would take at the data sheet's peaks (the longer of memory and compute, and drafting),
+    over the time that it takes: a device that waits for launches draws idle power. Idle time between steps is not
+    counted. A stated model, not a measurement: expect errors of tens of percent.
+    """
+    ideal = pair.step_time(IDEAL)
+    memory = ideal.weight_read + ideal.kv_read * state.kv_tokens
+    if ideal.experts is not None:
+        memory = memory + ideal.experts.verify(state)
+    busy = jnp.maximum(memory, ideal.token_compute * state.query_tokens) + ideal(state).draft
+    time = step(state).total
+    low, span = pair.hardware.idle_power, pair.hardware.power_limit - pair.hardware.idle_power
+    power = low + span * jnp.minimum(busy / time, 1.0)
+    prompt = BatchState(prefill_tokens=pair.prompt_length, draft_passes=state.draft_passes)
+    prefill_power = low + span * jnp.minimum(ideal(prompt).prefill / prefill_time, 1.0)
+    decode = power * time / (state.sequences * tokens_per_step)
+    joules = pair.tensor_parallel * (decode + prefill_power * prefill_time / pair.output_length)
+    return joules, pair.tensor_parallel * power

@@ -1,0 +1,211 @@
+"""Step time, memory and energy before any trace: against hand computation, and against published measurements."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from helpers import assert_close
+from test_architecture import (
+    APERTUS_8B,
+    DEEPSEEK_V3,
+    GPT_OSS_20B,
+    LLAMA_1B,
+    LLAMA_8B,
+    LLAMA_70B,
+    MIXTRAL_8X7B,
+    QWEN3_1B7,
+)
+
+from diffspec.architecture import Transformer, eagle_head, read_architecture
+from diffspec.first_principles import IDEAL, SPREAD, Efficiency, FirstPrinciples, draws, step_time_from
+from diffspec.hardware import accelerator
+from diffspec.parameters import parameter_infos
+from diffspec.resources import RESERVE_BYTES, activation_bytes, energy_per_token, memory_plan
+from diffspec.results import InputError
+from diffspec.step_time import BatchState
+
+LLAMA, SMALL = read_architecture(LLAMA_8B), read_architecture(LLAMA_1B)
+H200 = accelerator("h200")
+PAIR = FirstPrinciples(LLAMA, H200, SMALL)
+E = Efficiency()
+
+
+def test_llama_by_hand():
+    step = step_time_from(LLAMA, H200, SMALL)
+    read = 2 * (8_030_261_248 - 128256 * 4096)
+    assert_close(step.weight_read, read / (4.8e12 * 0.75), 1e-12)
+    assert_close(step.kv_read, 131072 / (4.8e12 * 0.85), 1e-12)
+    assert_close(step.token_compute, read / (989.4e12 * 0.5), 1e-12)  # 2 FLOP, and 2 B, a weight
+    assert_close(step.step_overhead, 1e-3 + 32 * 15e-6, 1e-12)
+    assert_close(step.draft.pass_base, 2 * 1_235_814_400 / (4.8e12 * 0.75) + 2e-4 + 16 * 15e-6, 1e-12)
+    assert_close(step.draft.pass_kv, 32768 / (4.8e12 * 0.85), 1e-12)
+    attention = 4 * 4096 * 32 * 512  # half of a prompt of 1,024 tokens
+    without_head = read - 2 * 128256 * 4096
+    assert_close(step.prefill_token, (without_head + attention) / (989.4e12 * 0.5), 1e-12)
+    assert step.experts is None and step.scale_bounded
+
+
+def test_tensor_parallel_by_hand():
+    one, two = step_time_from(LLAMA, H200), step_time_from(LLAMA, H200, tensor_parallel=2)
+    assert_close(two.weight_read, one.weight_read / 2, 1e-12)
+    assert_close(two.kv_read, one.kv_read / 2, 1e-12)
+    moved = 2 * 32 * (2 * 1 / 2) * 4096 * 2  # two all-reduces a layer, ring over two devices, 2 B
+    assert_close(two.token_compute, one.token_compute / 2 + moved / (450e9 * 0.7), 1e-12)
+    assert_close(two.step_overhead - one.step_overhead, 32 * 2 * 1e-5, 1e-9)
+    many = step_time_from(LLAMA, H200, tensor_parallel=16)  # 8 key/value heads: copied beyond 8 devices
+    assert_close(many.kv_read, one.kv_read / 8, 1e-12)
+    deepseek = read_architecture(DEEPSEEK_V3)
+    latent = [step_time_from(deepseek, H200, tensor_parallel=n).kv_read for n in (1, 8)]
+    assert_close(latent[1], latent[0], 1e-12)  # every device holds the whole latent cache
+
+
+def test_a_mixture_of_experts_reads_what_its_tokens_route_to():
+    mixtral = read_architecture(MIXTRAL_8X7B)
+    step = step_time_from(mixtral, H200, efficiency=IDEAL)
+    one = step(BatchState(sequences=1.0, query_tokens=1.0)).verify
+    active = 2 * (mixtral.active_parameters - mixtral.embedding_weights)  # bytes met by one token
+    compute = active / 989.4e12
+    assert_close(one, np.hypot(active / 4.8e12, compute), 1e-9)  # sharpness 2
+    all_read = step.weight_read + step.experts.weight_read
+    assert_close(all_read * 4.8e12, 2 * (mixtral.parameters - mixtral.embedding_weights), 1e-9)
+    assert step(BatchState(sequences=64.0, query_tokens=64.0)).verify > 0.99 * all_read
+
+
+@pytest.mark.parametrize("kind", ["head", "block", "ngram"])
+def test_kinds_of_drafters(kind):
+    pair = FirstPrinciples(LLAMA, H200, drafter_kind=kind)
+    times = [
+        float(pair.step_time()(BatchState(sequences=4.0, draft_passes=k, draft_tokens=4.0 * k)).draft)
+        for k in (1.0, 5.0)
+    ]
+    if kind == "ngram":
+        assert pair.drafter is None and times[0] == times[1] < 1e-3
+        return
+    assert pair.drafter == eagle_head(LLAMA)
+    assert_close(times[1] / times[0], 5.0 if kind == "head" else 1.0, 1e-12)
+    # EAGLE on Apertus-8B, GH200: 0.46 ms a pass (swiss-ai/apertus-speculative-decoding, fitted)
+    measured = FirstPrinciples(read_architecture(APERTUS_8B), accelerator("gh200"), drafter_kind="head").step_time()
+    assert 0.5 < measured.draft.pass_base / 0.46e-3 < 2.0
+
+
+def test_sliding_windows_shorten_the_cache():
+    oss = read_architecture(GPT_OSS_20B)
+    short, long = (step_time_from(oss, H200, prompt_length=p, output_length=1e-9).kv_read for p in (128, 128_000))
+    assert_close(long / short, 0.5005, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "base", "token", "cached"),
+    [(LLAMA_8B, 5.886e-3, 2.101e-5, 3.926e-8), (QWEN3_1B7, 1.948e-3, 6.80e-6, 3.563e-8)],
+)
+def test_the_priors_hold_published_step_costs(config, base, token, cached):
+    """One H100, vLLM with CUDA graphs: base + token*tokens + cached*kv_tokens, as published."""
+    pair = FirstPrinciples(read_architecture(config), accelerator("h100"))
+    drawn = jax.vmap(pair.step_time)(draws(E, SPREAD, 128))
+
+    def edges(values):
+        return np.quantile(np.asarray(values), (0.025, 0.975))
+
+    low, high = edges(drawn.weight_read + pair.verifier.layers * draws(E, SPREAD, 128).layer_overhead)
+    assert low <= base <= high
+    low, high = edges(drawn.token_compute)
+    assert low <= token <= high
+    low, high = edges(drawn.kv_read)  # measured at 96 and 100 % of the data sheet's bandwidth: at the prior's edge
+    assert 0.94 * low <= cached <= high
+
+
+def test_draws_are_the_priors():
+    drawn = draws(E, SPREAD, 128)
+    again = draws(E, SPREAD, 128)
+    infos = parameter_infos(E)
+    for path in SPREAD:
+        values = np.asarray(getattr(drawn, path))
+        assert np.array_equal(values, np.asarray(getattr(again, path))), "draws are the same every time"
+        assert infos[path].low < values.min() and values.max() < infos[path].high
+        assert_close(np.median(values), float(getattr(E, path)), 0.02)
+    logs = np.log(np.asarray(drawn.step_overhead))
+    assert_close(logs.std(), SPREAD["step_overhead"], 0.02)
+    off = draws(replace(E, draft_overhead=0.0), {"draft_overhead": 1.0}, 4)
+    assert np.array_equal(np.asarray(off.draft_overhead), np.zeros(4)), "what is switched off stays off"
+
+
+def test_memory_by_hand():
+    plan = memory_plan(PAIR)
+    weights = 2 * (8_030_261_248 + 1_235_814_400)
+    assert plan.verifier_bytes + plan.drafter_bytes == weights
+    free = 0.9 * 141e9 - weights - activation_bytes(LLAMA, 8192) - RESERVE_BYTES
+    assert_close(plan.free_bytes, free, 1e-12)
+    assert_close(plan.kv_capacity_tokens, free / (131072 + 32768), 1e-12)
+    assert_close(plan.sequences, plan.kv_capacity_tokens / 1280, 1e-12)
+    assert plan.fits and plan.missing_bytes == 0
+    head = memory_plan(FirstPrinciples(LLAMA, H200, drafter_kind="head"))
+    assert_close(head.drafter_bytes, 2 * (LLAMA.shared_weights - 4096) / 32 + 2 * (4096 + 2 * 4096**2), 1e-9)
+
+
+def test_a_pair_that_does_not_fit_says_by_how_much():
+    big = read_architecture(LLAMA_70B)
+    plan = memory_plan(FirstPrinciples(big, accelerator("h100"), SMALL))
+    needed = big.weight_bytes + SMALL.weight_bytes + activation_bytes(big, 8192) + RESERVE_BYTES
+    assert not plan.fits and plan.kv_capacity_tokens == 0
+    assert_close(plan.missing_bytes, needed - 0.9 * 80e9, 1e-12)
+    assert memory_plan(FirstPrinciples(big, accelerator("h100"), SMALL, tensor_parallel=4)).fits
+    long = FirstPrinciples(LLAMA, accelerator("l4"), prompt_length=1e6)  # the weights fit, no such request does
+    assert memory_plan(long).missing_bytes == 0 and not memory_plan(long).fits
+    with pytest.raises(InputError, match=r"memory_share: got 1\.5"):
+        memory_plan(PAIR, memory_share=1.5)
+
+
+def test_memory_of_a_real_server():
+    """Apertus-8B on a GH200: vLLM reported a KV cache of 469,840 tokens (swiss-ai/apertus-speculative-decoding)."""
+    plan = memory_plan(FirstPrinciples(read_architecture(APERTUS_8B), accelerator("gh200")))
+    assert_close(plan.kv_capacity_tokens, 469_840, 0.1)
+
+
+def test_energy_by_hand():
+    """A step that takes exactly the data sheet's time draws the limit; one twice as long, half of the span."""
+    pair = FirstPrinciples(LLAMA, H200, output_length=100.0)
+    state = BatchState(sequences=4.0, query_tokens=4.0, kv_tokens=4000.0)
+    fast = replace(pair.step_time(IDEAL), sharpness=12.0, token_compute=1e-12)
+    prefill = pair.step_time(IDEAL).prefill_token * 1024
+    joules, power = energy_per_token(pair, fast, state, 2.0, prefill)
+    assert_close(power, 700.0, 1e-3)
+    time = float(fast(state).total)
+    assert_close(joules, 700.0 * time / 8 + 700.0 * prefill / 100, 1e-3)
+    slow = replace(fast, step_overhead=time)
+    _, half = energy_per_token(pair, slow, state, 2.0, prefill)
+    assert_close(half, 75 + 625 / 2, 1e-3)
+    both = FirstPrinciples(LLAMA, H200, output_length=100.0, tensor_parallel=2)
+    assert float(energy_per_token(both, both.step_time(), state, 2.0, prefill)[1]) > 2 * H200.idle_power
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"drafter_kind": "oracle"}, "drafter_kind: got 'oracle'; allowed: model, head, block, ngram"),
+        ({"drafter_kind": "model"}, "needs the drafter's config.json"),
+        ({"drafter_kind": "ngram", "drafter": SMALL}, "has no weights"),
+        ({"tensor_parallel": 0}, "tensor_parallel: got 0"),
+    ],
+)
+def test_what_makes_no_pair_is_said(fields, told):
+    with pytest.raises(
+        (InputError, TypeError), match=None if isinstance(fields.get("tensor_parallel"), float) else told
+    ):
+        FirstPrinciples(LLAMA, H200, **fields)
+
+
+def test_pairs_survive_json():
+    import json
+
+    pair = FirstPrinciples(read_architecture(GPT_OSS_20B), H200, drafter_kind="head", tensor_parallel=2)
+    assert FirstPrinciples.from_dict(json.loads(json.dumps(pair.to_dict()))) == pair
+    assert pair.name == "gpt_oss + one-layer head for gpt_oss on 2x h200"
+
+
+def test_time_falls_with_bandwidth_smoothly():
+    """The step time is differentiable in what an engine reaches: elasticity -1 of weight reads in bandwidth."""
+    slope = jax.grad(lambda share: PAIR.step_time(replace(E, memory=share)).weight_read)(0.5)
+    assert_close(slope, -float(PAIR.step_time(replace(E, memory=0.5)).weight_read) / 0.5, 1e-12)
+    toy = Transformer("toy", layers=2, hidden=8, vocab=32, heads=2, kv_heads=1, head_dim=4, intermediate=16)
+    assert step_time_from(toy, accelerator("cpu")).weight_read > 0
