@@ -23,7 +23,11 @@ from diffspec.parameters import Scalar, parameter
 from diffspec.results import RESULTS, InputError
 from diffspec.steady_state import SteadyState, solve_closed_loop, solve_open_loop
 from diffspec.step_time import AbstractStepTime, BatchState, StepParts, scaled
+from diffspec.waiting import requests_in_system, waiting_factor
 from diffspec.workload import Workload, check_range
+
+MOST_STATES = 1024
+"""Largest batch cap for which waiting in open loops is computed."""
 
 STAGES = ("waiting", "prefill", "draft", "verify", "overhead")
 
@@ -110,13 +114,15 @@ class Comparison(eqx.Module):
     breakeven_rate: Scalar
 
 
-class _Request(eqx.Module):
-    """What one request costs on a configuration, whatever the load."""
+class RequestCost(eqx.Module):
+    """What one request costs on a configuration, whatever the load: ``prefill`` [s], ``steps`` [step] and their
+    standard deviation ``spread``, ``tokens_per_step`` [tok], both ``moments``, and ``step_parts(sequences)`` [s]."""
 
     prefill: Scalar
     steps: Scalar
     tokens_per_step: Scalar
     spread: Scalar
+    moments: tuple[Scalar, Scalar]
     step_parts: Callable = eqx.field(static=True)
 
 
@@ -126,6 +132,7 @@ class ServingModel(eqx.Module):
     Beside the step time it holds what a request costs outside decode steps. ``self_share`` = 1: a request sees the
     time-average batch plus itself; 0 reproduces the published forms, as ``steps_form="published"`` does for steps (set
     ``first_token_steps`` to 0 with it: a request that does not see itself makes that term break the scale bound).
+    ``waiting_states``: largest cap for which waiting in open loops is computed; 0 turns it off.
 
     >>> from diffspec.step_time import AffineStepTime
     >>> model = ServingModel(AffineStepTime(verify_base=0.02, verify_query=0.001, prefill_token=1e-4))
@@ -150,15 +157,16 @@ class ServingModel(eqx.Module):
     )
     self_share: float = eqx.field(static=True, default=1.0)
     steps_form: StepsForm = eqx.field(static=True, default="renewal")
+    waiting_states: int = eqx.field(static=True, default=MOST_STATES)
 
     def predict(self, workload: Workload, config: Configuration) -> Prediction:
         """Steady state (or finite run, if workload.n_requests is given) of ``config`` under ``workload``.
 
         Open loop: B solves B = arrival_rate*residence(batch_seen(B)), batch_seen = max(self_share, B +
-        self_share*arrival_scv); closed loop: B = min(concurrency, cap). Errors: never for saturation, which is a
-        result with numbers; :class:`InputError` for ranges.
+        self_share*arrival_scv), and requests wait where a batch cap fills; closed loop: B = min(concurrency, cap).
+        Errors: never for saturation, which is a result with numbers; :class:`InputError` for ranges.
         """
-        request = self._request(workload, config)
+        request = self.request_cost(workload, config)
         cap = batch_cap(workload, config)
 
         def residence(n):
@@ -172,7 +180,7 @@ class ServingModel(eqx.Module):
                 batch_seen=self._batch_seen(workload),
                 scale_bounded=self.step_time.scale_bounded,
             )
-            sync, waiting = 0.0, jnp.zeros_like(state.residence_time)
+            sync, waiting = 0.0, self._waiting(workload, request, state, cap)
         else:
             state = solve_closed_loop(residence, workload.concurrency, max_batch_size=cap)  # type: ignore[arg-type]
             in_flight = jnp.asarray(workload.concurrency, dtype=float)
@@ -243,13 +251,14 @@ class ServingModel(eqx.Module):
     def residence_time(self, workload: Workload, config: Configuration, batch_seen: Scalar):
         """Time in service [s] of a request that sees ``batch_seen`` requests, itself included: the function whose
         equilibrium :meth:`predict` solves."""
-        return self._times(self._request(workload, config), jnp.asarray(batch_seen, dtype=float))[0]
+        return self._times(self.request_cost(workload, config), jnp.asarray(batch_seen, dtype=float))[0]
 
     def step_parts(self, workload: Workload, config: Configuration, sequences: Scalar) -> StepParts:
         """Parts of the engine step [s] over ``sequences`` decoding requests of this workload."""
-        return self._request(workload, config).step_parts(sequences)
+        return self.request_cost(workload, config).step_parts(sequences)
 
-    def _request(self, workload: Workload, config: Configuration) -> _Request:
+    def request_cost(self, workload: Workload, config: Configuration) -> RequestCost:
+        """Prefill, steps and step parts of one request of ``workload`` on ``config``."""
         step_time = scaled(self.step_time, verifier=config.verifier_scale, drafter=config.drafter_scale)
         length = jnp.asarray(config.draft_length, dtype=float)
         drafted = length * config.draft_probability
@@ -259,7 +268,7 @@ class ServingModel(eqx.Module):
             m1, m2 = config.acceptance.moments(length, config.draft_probability)
         prompt = jnp.asarray(workload.prompt_length, dtype=float)
         output = jnp.asarray(workload.output_length, dtype=float)
-        context = prompt + 0.5 * output
+        context = prompt + 0.5 * output * (1.0 + workload.output_scv)  # long requests are in service for longer
 
         def step_parts(sequences):
             return step_time(
@@ -274,15 +283,16 @@ class ServingModel(eqx.Module):
 
         steps = steps_per_request(m1, m2, output, self.steps_form)
         variance = steps * (m2 - m1**2) / m1**2 + workload.output_scv * (output / m1) ** 2
-        return _Request(
+        return RequestCost(
             prefill=step_time(BatchState(prefill_tokens=prompt, draft_passes=drafted)).prefill,
             steps=steps,
             tokens_per_step=m1,
             spread=jnp.sqrt(variance + 1e-12),
+            moments=(m1, m2),
             step_parts=step_parts,
         )
 
-    def _times(self, request: _Request, n):
+    def _times(self, request: RequestCost, n):
         """(residence, step parts, others, steps in the first token) for a request that sees n in service."""
         others = jnp.maximum(n - self.self_share, 0.0)
         parts = request.step_parts(n)
@@ -294,6 +304,21 @@ class ServingModel(eqx.Module):
         )
         return residence, parts, others, shared_steps
 
+    def _waiting(self, workload: Workload, request: RequestCost, state: SteadyState, cap):
+        """Mean wait [s] for one of ``cap`` places in an open loop; see :mod:`diffspec.waiting`."""
+        if cap is None or self.waiting_states == 0:
+            return jnp.zeros_like(state.residence_time)
+        known = cap <= self.waiting_states
+        places = jnp.where(known, cap, 1.0)
+        served = jnp.minimum(jnp.arange(1, self.waiting_states + 1, dtype=jnp.result_type(float)), places)
+        residence = jax.vmap(lambda n: self._times(request, n)[0])(served)
+        rate = jnp.where(known, state.throughput, 0.5 * places / residence[-1])
+        chain = requests_in_system(residence, rate, places)
+        fixed = places * request.prefill * self.prefill_interference / residence[-1]
+        service_scv = (request.spread / jnp.maximum(request.steps, 1e-9)) ** 2 * jnp.maximum(1.0 - fixed, 0.0) ** 2
+        waiting = chain.waiting_time * waiting_factor(chain.load, places, service_scv, workload.arrival_scv)
+        return jnp.where(known, waiting, 0.0)
+
     def _batch_seen(self, workload: Workload) -> Callable:
         def seen(batch):
             if workload.n_requests is not None:
@@ -302,7 +327,7 @@ class ServingModel(eqx.Module):
 
         return seen
 
-    def _assemble(self, workload, request: _Request, state: SteadyState, sync, waiting) -> Prediction:
+    def _assemble(self, workload, request: RequestCost, state: SteadyState, sync, waiting) -> Prediction:
         residence, parts, others, shared_steps = self._times(request, state.batch_seen)
         alone = request.step_parts(jnp.full_like(others, self.self_share))
         foreign_prefill = request.prefill * self.prefill_interference * others

@@ -13,6 +13,7 @@ from diffspec.fitting.deployment import FittedModel
 from diffspec.serving import STAGES
 
 LOAD = ("--arrival-rate", "3", "--prompt-length", "64", "--output-length", "64")
+SATURATING = ("--arrival-rate", "500", *LOAD[2:])
 
 
 @pytest.fixture(autouse=True)
@@ -368,6 +369,36 @@ def collected(folder) -> dict:
         return answer_of("collect", plan, "--url", server.url, "--out", folder / "collected")
 
 
+# --- simulate -----------------------------------------------------------------
+def test_simulate_stands_beside_predict(model, tmp_path):
+    """Both answer the same question of the same server; the requests are there to be read, and to be fitted."""
+    load = (*LOAD, "--draft-length", "4", "--max-batch-size", "16")
+    table = tmp_path / "requests.csv"
+    simulated = answer_of("simulate", model, *load, "--requests", "400", "--table", table)
+    predicted = answer_of("predict", model, *load)
+    assert simulated["predicted"]["e2e"]["mean"] == predicted["e2e_latency"]
+    assert simulated["predicted"]["e2e"]["p95"] == predicted["percentiles"]["e2e"]["p95"]
+    assert simulated["metrics"]["e2e"]["p50"]["value"] < simulated["metrics"]["e2e"]["p99"]["value"]
+    assert simulated["metrics"]["e2e"]["mean"]["value"] == pytest.approx(predicted["e2e_latency"], rel=0.25)
+    assert predicted["percentiles"]["e2e"]["p50"] < predicted["percentiles"]["e2e"]["p99"]
+    rows = table.read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 1 + simulated["requests"] and rows[0].startswith("run,arrival_time,schedule_time")
+    again = answer_of("simulate", model, *load, "--requests", "400")
+    assert again["metrics"] == simulated["metrics"], "the same seed gives the same numbers"
+
+
+def test_simulate_says_saturation_and_bad_input(model, tmp_path):
+    ran = run("simulate", model, *SATURATING, "--draft-length", "0", "--max-batch-size", "4", "--requests", "100")
+    assert ran.code == 1 and "saturated" in ran.out
+    for wrong, said in (
+        (("--draft-length", "1.5"), "whole number"),
+        (("--draft-length", "0", "--output-law", "gaussian"), "fixed, geometric, lognormal"),
+        (("--draft-length", "0", "--output-law", "lognormal"), "output_scv"),
+    ):
+        ran = run("simulate", model, *LOAD, *wrong)
+        assert ran.code == 2 and said in ran.err, ran.err
+
+
 def test_readme_names_every_json_key(fitted, model):
     folder, fit_answer, _ = fitted
     speculative = (*LOAD, "--draft-length", "4")
@@ -379,6 +410,7 @@ def test_readme_names_every_json_key(fitted, model):
         "collect": collected(folder),
         "evaluate": answer_of("evaluate", folder / "model.json", TRACE),
         "predict": answer_of("predict", model, *speculative),
+        "simulate": answer_of("simulate", model, *speculative, "--requests", "20", "--replications", "2"),
         "optimize": answer_of("optimize", model, *LOAD, "--max-draft-length", "2"),
         "sensitivity": answer_of("sensitivity", model, *speculative),
     }

@@ -28,7 +28,7 @@ LAYERS = (
     ),
     ("steady_state", "waiting", "simulate"),
     ("serving", "traces", "datasets"),
-    ("collecting", "fitting", "analysis", "optimizing"),
+    ("percentiles", "collecting", "fitting", "analysis", "optimizing"),
     ("report", "demo"),
     ("cli",),
     ("__init__",),

@@ -8,8 +8,10 @@ import jax
 import numpy as np
 
 from diffspec.fitting.deployment import FittedDeployment
+from diffspec.lengths import Lengths
+from diffspec.percentiles import PERCENTILES, predict_distribution, states_for
 from diffspec.results import outcome_name
-from diffspec.serving import STAGES, Comparison, Configuration, Prediction, ServingModel, batch_cap
+from diffspec.serving import MOST_STATES, STAGES, Comparison, Configuration, Prediction, ServingModel, batch_cap
 from diffspec.workload import Workload
 
 METRICS = {
@@ -72,7 +74,8 @@ def predict_answer(deployment: FittedDeployment, workload: Workload, config: Con
 
     Returns the fields of :class:`diffspec.serving.Prediction` as plain numbers (None where there is none: latencies at
     saturation, an unbounded capacity), ``speedup`` and ``breakeven_rate`` with ``speedup_reason`` where they are None,
-    ``breakeven_reason`` where there is no break-even rate, ``plain`` (outcome, latencies and capacity without
+    ``breakeven_reason`` where there is no break-even rate, ``percentiles`` (open loops: of ttft, tpot and e2e, and the
+    probability to wait for a place), ``plain`` (outcome, latencies and capacity without
     speculation) and ``warnings``.
     """
     workload, config = (jax.tree.map(np.asarray, part) for part in (workload, config))
@@ -106,6 +109,9 @@ def predict_answer(deployment: FittedDeployment, workload: Workload, config: Con
         "speedup_reason": reason,
         "breakeven_rate": breakeven,
         "breakeven_reason": breakeven_reason,
+        "percentiles": None
+        if answer["outcome"] == "saturated"
+        else percentiles(deployment.serving, workload, config, comparison.speculative),
         "plain": {name: plain[name] for name in ("outcome", "e2e_latency", "ttft", "tpot", "capacity")},
         "deployment": deployment.name,
         "draft_length": float(config.draft_length),
@@ -118,16 +124,47 @@ def predict_answer(deployment: FittedDeployment, workload: Workload, config: Con
 
 
 QUEUEING = (
-    "the batch is near its cap: requests would queue for a place, which is not modelled in open loops; "
+    f"the batch is near its cap, which is above {MOST_STATES}: waiting for a place is not computed there; "
     "ttft and e2e_latency are lower bounds"
 )
 
 
 def near_the_cap(workload: Workload, config: Configuration, prediction: Prediction) -> bool:
-    """True in an open loop whose batch, two standard deviations up (Poisson: variance = mean), reaches its cap."""
+    """True in an open loop whose batch, two standard deviations up (Poisson: variance = mean), reaches a cap for which
+    waiting is not computed."""
     cap = batch_cap(workload, config)
     batch = float(prediction.effective_batch_size)
-    return workload.is_open and cap is not None and batch + 2.0 * batch**0.5 >= float(cap)
+    return workload.is_open and cap is not None and MOST_STATES < float(cap) <= batch + 2.0 * batch**0.5
+
+
+def percentiles(
+    serving: ServingModel, workload: Workload, config: Configuration, prediction: Prediction
+) -> dict[str, Any] | None:
+    """Percentiles [s] of ttft, tpot and e2e in an open loop, ``{"ttft": {"p50": ...}, ...}``, and the probability to
+    wait for a place; None in a closed loop, and where the chain would need more than its largest size.
+
+    The distribution is :func:`diffspec.percentiles.predict_distribution`'s for lognormal lengths with
+    workload.output_scv; ttft and e2e are scaled to the means of ``prediction``, which is what was fitted.
+    """
+    cap, batch = batch_cap(workload, config), float(prediction.effective_batch_size)
+    states = states_for(None if cap is None else float(cap), batch)
+    if not workload.is_open or batch > 0.9 * states:
+        return None
+    found = _distribution(serving, workload, config, Lengths.lognormal(float(workload.output_scv)), states)
+    scale = {"ttft": prediction.ttft / found.ttft_mean, "e2e": prediction.e2e_latency / found.e2e_mean, "tpot": 1.0}
+    named = {
+        metric: {
+            f"p{percent}": finite(value * scale[metric])
+            for percent, value in zip(PERCENTILES, getattr(found, metric), strict=True)
+        }
+        for metric in ("ttft", "tpot", "e2e")
+    }
+    return named | {"waiting_probability": finite(found.requests.waiting_probability)}
+
+
+@partial(jax.jit, static_argnums=4, compiler_options=FAST_COMPILE)
+def _distribution(serving, workload, config, lengths, states):
+    return predict_distribution(serving, workload, config, lengths, states=states)
 
 
 def configuration_notes(deployment: FittedDeployment, config: Configuration) -> list[str]:

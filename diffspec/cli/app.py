@@ -4,14 +4,26 @@ from typing import Annotated
 
 import typer
 
-from diffspec.cli import acceptance, check, collect, demo, evaluate, fit, import_, optimize, predict, sensitivity
+from diffspec.cli import (
+    acceptance,
+    check,
+    collect,
+    demo,
+    evaluate,
+    fit,
+    import_,
+    optimize,
+    predict,
+    sensitivity,
+    simulate,
+)
 
 app = typer.Typer(
     name="diffspec",
     help="Why speculative decoding slows down under load, and what to do.\n\n"
     "Measurements (collect, import, acceptance) become a trace; a trace becomes a fitted latency model (fit), which is "
-    "scored (evaluate), asked (predict, sensitivity) and used to choose the draft length for each load (optimize). "
-    "Start with: diffspec demo",
+    "scored (evaluate), asked (predict, simulate, sensitivity) and used to choose the draft length for each load "
+    "(optimize). Start with: diffspec demo",
     epilog="Exit codes: 0 done; 1 no answer exists (saturated, infeasible); 2 wrong usage or input. Works on the CPU "
     "unless JAX_PLATFORMS is set. Compiled programs are kept in the user's cache folder, or in DIFFSPEC_CACHE_DIR "
     "(empty: nowhere).",
@@ -43,5 +55,5 @@ def _root(
     pass
 
 
-for module in (demo, collect, import_, check, acceptance, fit, evaluate, predict, optimize, sensitivity):
+for module in (demo, collect, import_, check, acceptance, fit, evaluate, predict, simulate, optimize, sensitivity):
     app.command(module.__name__.rsplit(".", 1)[-1].rstrip("_"))(module.command)

@@ -87,6 +87,10 @@ class WorkloadOptions:
         float | None,
         _option("--output-length", "G", _LOAD, "Mean output tokens; the measured ones if all rows had the same."),
     ] = None
+    output_scv: Annotated[
+        float | None,
+        _option("--output-scv", "C2", _LOAD, "Squared coefficient of variation of output lengths; 0: all alike."),
+    ] = None
     acceptance_rate: Annotated[
         float | None,
         _option(
@@ -138,7 +142,8 @@ class WorkloadOptions:
                 f"--{loop.replace('_', '-')}: got {len(loads)} loads; allowed: one number (optimize takes ranges)"
             )
         prompt, output, notes = self.lengths(deployment)
-        return Workload(prompt_length=prompt, output_length=output, **{loop: loads[0]}), notes
+        spread = {} if self.output_scv is None else {"output_scv": self.output_scv}
+        return Workload(prompt_length=prompt, output_length=output, **{loop: loads[0]}, **spread), notes
 
     def lengths(self, deployment: "FittedDeployment") -> tuple[float, float, list[str]]:
         """(prompt_length, output_length) as given, else the only measured ones, with notes that say so."""

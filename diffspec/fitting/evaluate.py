@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from diffspec.fitting.deployment import FittedDeployment, FittedModel
-from diffspec.fitting.observations import NEVER_ENDING, PREDICTED, Block, observations, padded
+from diffspec.fitting.observations import NEVER_ENDING, PREDICTED, Block, observations, padded, waiting_states
 from diffspec.results import InputError
 from diffspec.traces import Trace, set_aside_reasons
 
@@ -39,7 +39,8 @@ def _predict(serving, blocks: tuple[Block, ...]):
 def predict_trace(deployment: FittedDeployment, frame) -> Scored:
     """Predict every row of one deployment's frame, each as the finite run it was."""
     data = observations(frame, deployment.acceptance)
-    predictions = _predict(deployment.serving, tuple(_with_steady_twins(padded(block)) for block in data.blocks))
+    serving = dataclasses.replace(deployment.serving, waiting_states=waiting_states(data))
+    predictions = _predict(serving, tuple(_with_steady_twins(padded(block)) for block in data.blocks))
     back = np.argsort(data.order)
 
     def gather(field, twin):

@@ -15,10 +15,11 @@ from diffspec.fitting.deployment import FittedDeployment, FittedModel, used_vers
 from diffspec.fitting.evaluate import not_predicted, predict_trace, reason_kind, summarise
 from diffspec.fitting.forms import build_form, read_scales
 from diffspec.fitting.objective import build_objective, choose_targets
-from diffspec.fitting.observations import acceptance_curve, observations, require_rows
+from diffspec.fitting.observations import acceptance_curve, observations, require_rows, waiting_states
 from diffspec.fitting.select import candidate_forms, folds_of, held_out_error, simplest_good
 from diffspec.fitting.solve import LANES, minimise, random_starts
 from diffspec.results import InputError
+from diffspec.serving import MOST_STATES
 from diffspec.traces import Trace, matches, set_aside_reasons
 from diffspec.workload import check_range
 
@@ -119,6 +120,7 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, start, report
 
         form = build_form(form_name, scales, defaults.get("experts"))
         form = form if start is None else principles.started(form, start)
+        form = replace(form, template=replace(form.template, waiting_states=waiting_states(data, only_near=True)))
         objective = build_objective(form, data, targets)
         ones = np.ones((LANES, len(data)))
         solution = minimise(objective, random_starts(objective.size), ones, progress=lambda s: part(0.8 * s))
@@ -138,6 +140,7 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, start, report
         }
         noise = dict(zip(objective.columns, map(float, objective.noise(vector)), strict=True))
         serving = jax.tree.map(np.asarray, form.model(vector[: len(form.paths)]))
+        serving = replace(serving, waiting_states=MOST_STATES)
         solutions[form_name] = (serving, noise, objective.stand_in_ratios(vector))
     chosen = simplest_good({form: entry["held_out_error"] for form, entry in tried.items()})
     serving, noise, ratios = solutions[chosen]

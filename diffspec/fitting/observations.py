@@ -20,7 +20,7 @@ from diffspec.acceptance import (
     acceptance_from_tokens_per_step,
 )
 from diffspec.results import InputError, TraceError
-from diffspec.serving import Configuration
+from diffspec.serving import MOST_STATES, Configuration, batch_cap
 from diffspec.workload import Workload, batched
 
 NEVER_ENDING = 1e12
@@ -58,6 +58,24 @@ class Observations:
     def is_open(self) -> np.ndarray:
         """True for open-loop rows, in block order."""
         return np.concatenate([np.full(len(b), b.workload.is_open) for b in self.blocks])
+
+
+def waiting_states(data: Observations, *, only_near: bool = False) -> int:
+    """Chain size that the waiting of these rows needs (`ServingModel.waiting_states`), 0 where no open row is capped.
+
+    ``only_near``: only rows whose measured batch, two standard deviations up, reaches the cap count: a fit evaluates
+    the chain thousands of times.
+    """
+    if not data.blocks[0].workload.is_open:
+        return 0
+    block = data.blocks[0]
+    caps = np.asarray(jax.vmap(batch_cap)(block.workload, block.config))
+    counts = caps <= MOST_STATES
+    if only_near:
+        e2e = data.observed.get("e2e_mean", np.full(len(data), np.nan))[: len(block)]
+        batch = np.nan_to_num(np.asarray(block.workload.arrival_rate) * e2e)
+        counts &= batch + 2.0 * np.sqrt(batch) >= caps
+    return 0 if not counts.any() else 2 ** int(np.ceil(np.log2(max(caps[counts].max(), 16.0))))
 
 
 def padded(block: Block) -> Block:

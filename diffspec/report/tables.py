@@ -133,12 +133,46 @@ def prediction(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield from _unmeasured(answer, title, latencies)
     else:
         yield table(title, ("mean", "predicted"), latencies)
+    if answer.get("percentiles"):
+        yield percentile_table(answer["percentiles"])
     if answer["outcome"] == "does_not_fit":
         return
     if answer["outcome"] == "saturated":
         yield Text(f"saturated: {quantity(answer['shortfall'], 'req/s')} more than the capacity is asked for")
     else:
         yield decomposition(answer["decomposition"])
+
+
+def percentile_table(found: Mapping[str, Any]) -> RenderableType:
+    """Percentiles of ttft, tpot and e2e; the title says how many requests wait for a place in the batch."""
+    metrics = [metric for metric in ("ttft", "tpot", "e2e") if metric in found]
+    names = list(found[metrics[0]])
+    rows = [(metric, *(milliseconds(found[metric][name]) for name in names)) for metric in metrics]
+    waits = percent(found["waiting_probability"])
+    return table(f"percentiles; {waits} of the requests wait for a place in the batch", ("", *names), rows)
+
+
+def simulation(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What `diffspec simulate` says: the simulated numbers with their intervals, and the model's beside them."""
+    rows = []
+    for metric, statistics in answer["metrics"].items():
+        for name, entry in statistics.items():
+            predicted = (answer["predicted"].get(metric) or {}).get(name)
+            rows.append((f"{metric} {name}", milliseconds(entry["value"]), _half(entry), milliseconds(predicted)))
+    title = f"{answer['requests']} requests in {answer['replications']} replications"
+    yield table(title, ("", "simulated", "± 95 %", "model"), rows)
+    served = [
+        (name.replace("_", " "), quantity(answer[name]["value"], unit), _half(answer[name]))
+        for name, unit in (("throughput", "req/s"), ("effective_batch_size", "req"), ("requests_in_system", "req"))
+    ]
+    yield table("", ("", "simulated", "± 95 %"), [*served, ("preemptions", str(answer["preemptions"]), "")])
+    if answer["saturated"]:
+        yield Text("saturated: requests wait longer and longer; the numbers depend on how long it ran")
+
+
+def _half(entry: Mapping[str, Any]) -> str:
+    value, half = entry["value"], entry["half_width"]
+    return NONE if half is None or not value else percent(half / abs(value))
 
 
 _IN_ROW = (
