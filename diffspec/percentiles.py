@@ -30,7 +30,7 @@ def predict_distribution(
     states: int = 256,
     percentiles: tuple[float, ...] = PERCENTILES,
 ) -> LatencyDistribution:
-    """Waiting, means and percentiles of ttft, tpot and e2e [s] in an open loop.
+    """Waiting, means and percentiles of ttft, tpot, itl and e2e [s] in an open loop.
 
     ``lengths``: the law of output lengths (workload.output_scv is not looked at); ``states``: static size of the chain,
     at least the cap (see :func:`states_for`). ``first_token_steps`` counts the step that carries the prompt, during
@@ -54,11 +54,13 @@ def predict_distribution(
     served = jnp.minimum(number, cap)
     first = jnp.asarray(model.first_token_steps / 1.5, dtype=float)
     busy = jnp.minimum(served - 1.0, 1.0)
+    chunks = jax.vmap(request.chunks)(served - 1.0)
     # one of the steps during which a place is held carries the prompt: that many fewer decode at a time
-    decoding = served * request.steps / jnp.maximum(request.steps + first * busy, 1e-9)
+    shared = (first + chunks) * busy
+    decoding = served * request.steps / jnp.maximum(request.steps + shared, 1e-9)
     step = jax.vmap(lambda sequences: request.step_parts(sequences).total)(jnp.maximum(decoding, 1e-3))
     foreign = request.prefill * model.prefill_interference * (served - 1.0)
-    residence = model.request_overhead + request.prefill + foreign + (request.steps + first * busy) * step
+    residence = model.request_overhead + request.prefill + foreign + (request.steps + shared) * step
     m1, m2 = request.moments
     rate = jnp.asarray(workload.arrival_rate, dtype=float)
     return latency_distribution(
@@ -71,6 +73,7 @@ def predict_distribution(
             tokens_per_step=m1,
             tokens_square=m2,
             first_steps=first,
+            chunk_steps=chunks,
             interference=jnp.asarray(model.prefill_interference, dtype=float),
         ),
         jnp.minimum(rate, (1.0 - SATURATION_MARGIN) * served[-1] / residence[-1]),

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractAcceptance, StepsForm, steps_per_request
 from diffspec.parameters import Scalar, parameter
 from diffspec.results import RESULTS, InputError
-from diffspec.steady_state import SteadyState, solve_closed_loop, solve_open_loop
+from diffspec.steady_state import SteadyState, finite_run_factor, solve_closed_loop, solve_open_loop
 from diffspec.step_time import AbstractStepTime, BatchState, StepParts, scaled
 from diffspec.waiting import requests_in_system, waiting_factor
 from diffspec.workload import Workload, check_range
@@ -38,6 +38,7 @@ class Configuration(eqx.Module):
     * ``acceptance``: needed when draft_length > 0; ``draft_probability`` [1]: share of steps that draft
     * ``max_batch_size`` [req]: None for no cap; ``kv_capacity_tokens`` [tok]: caps the batch at
       kv_capacity_tokens/(prompt_length + output_length/2), the mean tokens that a running request holds
+    * ``max_batched_tokens`` [tok]: token budget of one step; longer prompts are prefilled in chunks, each in a step
     * ``verifier_scale``, ``drafter_scale`` [1]: parameter counts relative to the fitted deployment
     """
 
@@ -45,6 +46,7 @@ class Configuration(eqx.Module):
     acceptance: AbstractAcceptance | None = None
     max_batch_size: Scalar | None = None
     kv_capacity_tokens: Scalar | None = None
+    max_batched_tokens: Scalar | None = None
     draft_probability: Scalar = 1.0
     verifier_scale: Scalar = 1.0
     drafter_scale: Scalar = 1.0
@@ -52,6 +54,7 @@ class Configuration(eqx.Module):
     def __check_init__(self):
         check_range("draft_length", self.draft_length, 0, MAX_DRAFT_LENGTH, low_open=False, unit="tok")
         check_range("max_batch_size", self.max_batch_size, 1, 1e9, low_open=False, unit="req")
+        check_range("max_batched_tokens", self.max_batched_tokens, 1, 1e12, low_open=False, unit="tok")
         check_range("draft_probability", self.draft_probability, 0, 1, low_open=False, unit="")
         check_range("drafter_scale", self.drafter_scale, 0, 1e6, low_open=True, unit="(ratio of parameter counts)")
         check_range("verifier_scale", self.verifier_scale, 0, 1e6, low_open=True, unit="(ratio of parameter counts)")
@@ -63,6 +66,7 @@ class Configuration(eqx.Module):
         return Configuration(
             max_batch_size=self.max_batch_size,
             kv_capacity_tokens=self.kv_capacity_tokens,
+            max_batched_tokens=self.max_batched_tokens,
             verifier_scale=self.verifier_scale,
         )
 
@@ -116,7 +120,8 @@ class Comparison(eqx.Module):
 
 class RequestCost(eqx.Module):
     """What one request costs on a configuration, whatever the load: ``prefill`` [s], ``steps`` [step] and their
-    standard deviation ``spread``, ``tokens_per_step`` [tok], both ``moments``, and ``step_parts(sequences)`` [s]."""
+    standard deviation ``spread``, ``tokens_per_step`` [tok], both ``moments``, ``step_parts(sequences)`` [s], and the
+    ``chunks(sequences)`` beyond the first in which its prompt is prefilled beside so many decoding ones."""
 
     prefill: Scalar
     steps: Scalar
@@ -124,6 +129,7 @@ class RequestCost(eqx.Module):
     spread: Scalar
     moments: tuple[Scalar, Scalar]
     step_parts: Callable = eqx.field(static=True)
+    chunks: Callable = eqx.field(static=True)
 
 
 class ServingModel(eqx.Module):
@@ -281,6 +287,13 @@ class ServingModel(eqx.Module):
                 )
             )
 
+        def chunks(sequences):
+            if config.max_batched_tokens is None:
+                return jnp.zeros_like(sequences)
+            budget = jnp.asarray(config.max_batched_tokens, dtype=float)
+            left = jnp.maximum(budget - sequences * (1.0 + drafted), budget / 64.0)
+            return jnp.maximum(prompt / left - 1.0, 0.0)
+
         steps = steps_per_request(m1, m2, output, self.steps_form)
         variance = steps * (m2 - m1**2) / m1**2 + workload.output_scv * (output / m1) ** 2
         return RequestCost(
@@ -290,13 +303,14 @@ class ServingModel(eqx.Module):
             spread=jnp.sqrt(variance + 1e-12),
             moments=(m1, m2),
             step_parts=step_parts,
+            chunks=chunks,
         )
 
     def _times(self, request: RequestCost, n):
         """(residence, step parts, others, steps in the first token) for a request that sees n in service."""
         others = jnp.maximum(n - self.self_share, 0.0)
         parts = request.step_parts(n)
-        shared_steps = self.first_token_steps * others / (1.0 + others)
+        shared_steps = (self.first_token_steps + request.chunks(others)) * others / (1.0 + others)
         residence = (
             self.request_overhead
             + request.prefill * (1.0 + self.prefill_interference * others)
@@ -381,17 +395,3 @@ def batch_cap(workload: Workload, config: Configuration):
         held = workload.prompt_length + 0.5 * workload.output_length
         caps.append(jnp.maximum(config.kv_capacity_tokens / held, 1.0))
     return None if not caps else caps[0] if len(caps) == 1 else jnp.minimum(caps[0], caps[1])
-
-
-def finite_run_factor(share):
-    """Mean batch that requests of a finite open-loop run see, over the steady-state batch (fluid approximation).
-
-    A run of n requests starts empty and drains; with x = arrival_rate*residence/n the trapezoid of requests in flight
-    gives 1 - x/3 for x <= 1 and (1 - 1/(3x))/x beyond: the seen batch never exceeds n, so a run always ends.
-
-    >>> float(finite_run_factor(0.3)), round(float(finite_run_factor(2.0)), 6)
-    (0.9, 0.416667)
-    """
-    share = jnp.asarray(share, dtype=float)
-    long = jnp.maximum(share, 1.0)
-    return jnp.where(share <= 1.0, 1.0 - share / 3.0, (1.0 - 1.0 / (3.0 * long)) / long)

@@ -154,6 +154,20 @@ def solve_closed_loop(residence: Callable, concurrency: Scalar, *, max_batch_siz
     )
 
 
+def finite_run_factor(share):
+    """Mean batch that requests of a finite open-loop run see, over the steady-state batch (fluid approximation).
+
+    A run of n requests starts empty and drains; with x = arrival_rate*residence/n the trapezoid of requests in flight
+    gives 1 - x/3 for x <= 1 and (1 - 1/(3x))/x beyond: the seen batch never exceeds n, so a run always ends.
+
+    >>> float(finite_run_factor(0.3)), round(float(finite_run_factor(2.0)), 6)
+    (0.9, 0.416667)
+    """
+    share = jnp.asarray(share, dtype=float)
+    long = jnp.maximum(share, 1.0)
+    return jnp.where(share <= 1.0, 1.0 - share / 3.0, (1.0 - 1.0 / (3.0 * long)) / long)
+
+
 def _bracketed_newton(function, low, high):
     """Root of a decreasing function on [low, high] (function(low) >= 0 >= function(high)), ITERATIONS steps.
 

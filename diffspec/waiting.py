@@ -27,6 +27,8 @@ from diffspec.parameters import Scalar
 PERCENTILES = (50, 90, 95, 99)
 _ROUNDS = 60
 _SMALL = 1e-12
+_GAP_SPREAD = 0.02
+"""Relative spread given to the gaps, whose percentiles would jump otherwise."""
 _PROMPTS = 6
 """Prompts that one step is told to carry, the last one for all beyond."""
 
@@ -106,7 +108,8 @@ class Pace(eqx.Module):
     * ``residence[n-1]`` [s]: time in service; ``step[n-1]`` [s]: the engine step
     * ``prefill`` [s]: of its own prompt; ``overhead`` [s]: outside the engine
     * ``steps`` [step] of a request of mean length; ``tokens_per_step`` [tok] and its second moment ``tokens_square``
-    * ``first_steps`` [step]: others' steps that a prompt shares in a busy engine; half as many pass before it begins
+    * ``first_steps`` [step]: others' steps that a prompt shares in a busy engine; half as many pass before it begins;
+      ``chunk_steps[n-1]`` [step]: further steps that a prompt of several chunks shares
     * ``interference`` [1]: foreign prefill paid, relative to a prompt's own
     """
 
@@ -118,11 +121,12 @@ class Pace(eqx.Module):
     tokens_per_step: Scalar
     tokens_square: Scalar
     first_steps: Scalar
+    chunk_steps: Float[Array, "states"]
     interference: Scalar
 
 
 class LatencyDistribution(eqx.Module):
-    """Means [s] and percentiles [s] of ttft, tpot and e2e under an open loop, and the chain they come from."""
+    """Means [s] and percentiles [s] of ttft, tpot, itl and e2e under an open loop, and the chain they come from."""
 
     requests: RequestsInSystem
     waiting_time: Scalar
@@ -130,6 +134,7 @@ class LatencyDistribution(eqx.Module):
     e2e_mean: Scalar
     ttft: Float[Array, "percentiles"]
     tpot: Float[Array, "percentiles"]
+    itl: Float[Array, "percentiles"]
     e2e: Float[Array, "percentiles"]
 
 
@@ -174,7 +179,8 @@ def latency_distribution(
     busy = jnp.minimum(number, 1.0)  # an arrival meets a step under way wherever somebody is there
 
     # pace of a decoding request by the others in service, foreign prefill included
-    per_step = (pace.residence - pace.overhead - pace.prefill) / (pace.steps + pace.first_steps * busy)
+    shared = busy * (pace.first_steps + pace.chunk_steps)  # others' steps until the first token
+    per_step = (pace.residence - pace.overhead - pace.prefill) / (pace.steps + shared)
     mean_pace = others @ per_step
     spread = others @ (per_step - mean_pace) ** 2
     drift = jnp.cumsum(others * (per_step - mean_pace))[:-1]
@@ -213,13 +219,13 @@ def latency_distribution(
     met = under_way + arrival_rate * foreign**2 / (1.0 - stall**2)
     rest = 0.5 * pace.first_steps * busy * met  # until the next step begins
     own = pace.overhead + pace.prefill
-    carry = busy * (pace.first_steps * pace.step + stall * met)
+    carry = shared * pace.step + busy * stall * met
 
     # those who wait meet a full batch, and it takes their service a correlation time to forget it
     forget = _memory(steps / jnp.maximum(correlation_steps, _SMALL))
     slow = mean_pace + (per_step[-1] - mean_pace) * forget
     quick = (mean_pace - waits * slow) / (1.0 - waits)
-    join = pace.first_steps * (others @ (busy * per_step)) + others @ rest
+    join = others @ (shared * per_step + rest)
     base = own + join
     share = jnp.concatenate([lengths.share * (1.0 - waits), lengths.share * waits])
     mean = jnp.concatenate([base + steps * quick, base + steps * slow])
@@ -247,7 +253,7 @@ def latency_distribution(
     carried = _poisson(arrival_rate * under_way, prompts) * lasts
     carried = carried / jnp.sum(carried, axis=1, keepdims=True)  # a longer step is met more often
     together = _poisson(arrival_rate * lasts, prompts)  # prompts that arrived in the same step
-    begin = own + (busy * pace.first_steps * pace.step)[:, None] + prompts * foreign
+    begin = own + (shared * pace.step)[:, None] + prompts * foreign
     weight = busy[:, None, None] * carried[:, :, None] * together
 
     def of_ttft(t):
@@ -256,6 +262,22 @@ def latency_distribution(
         alone = jnp.clip((t - own) / (1e-3 * own + 1e-9) + 0.5, 0.0, 1.0)
         queued = -jnp.expm1(-jnp.maximum(t - own - carry[-1], 0.0) / jnp.maximum(wait_if, 1e-9))
         return calm @ jnp.where(busy > 0, met_busy, alone) + (1.0 - jnp.sum(calm)) * queued
+
+    # gaps between stream events: a step, and the prompts or the chunk that it carries
+    pieces = 1.0 + pace.chunk_steps
+    carrying = arrival_rate * pace.step / (1.0 - stall) * pieces
+    whole = jnp.where(
+        pieces[:, None] > 1.01, jnp.minimum(prompts, 1.0), prompts
+    )  # of a chunked prompt one chunk a step
+    gaps = pace.step[:, None] + whole * (foreign / pieces)[:, None]
+    gap_share = (others / jnp.sum(others))[:, None] * _poisson(carrying, prompts)
+    few = pieces[:, None] > 1.01  # a share of the steps, not a Poisson number of them
+    bernoulli = jnp.minimum(carrying, 1.0)[:, None] * jnp.where(prompts == 1.0, 1.0, 0.0)
+    bernoulli = bernoulli + (1.0 - jnp.minimum(carrying, 1.0))[:, None] * jnp.where(prompts == 0.0, 1.0, 0.0)
+    gap_share = jnp.where(few, (others / jnp.sum(others))[:, None] * bernoulli, gap_share)
+
+    def of_itl(t):
+        return jnp.sum(gap_share * ndtr(jnp.log(jnp.maximum(t, 1e-300) / gaps) / _GAP_SPREAD))
 
     wanted = jnp.asarray(percentiles, dtype=float) / 100.0
     high = jnp.max(mean + 12.0 * jnp.sqrt(both)) + 25.0 * wait_if
@@ -266,6 +288,7 @@ def latency_distribution(
         e2e_mean=e2e_mean,
         ttft=_quantiles(of_ttft, wanted, own + 3.0 * jnp.max(rest + carry) + 25.0 * wait_if),
         tpot=_quantiles(of_tpot, wanted, high),
+        itl=_quantiles(of_itl, wanted, 2.0 * jnp.max(gaps)),
         e2e=_quantiles(of_e2e, wanted, high),
     )
 

@@ -140,8 +140,8 @@ def near_the_cap(workload: Workload, config: Configuration, prediction: Predicti
 def percentiles(
     serving: ServingModel, workload: Workload, config: Configuration, prediction: Prediction
 ) -> dict[str, Any] | None:
-    """Percentiles [s] of ttft, tpot and e2e in an open loop, ``{"ttft": {"p50": ...}, ...}``, and the probability to
-    wait for a place; None in a closed loop, and where the chain would need more than its largest size.
+    """Percentiles [s] of ttft, tpot, itl and e2e in an open loop, ``{"ttft": {"p50": ...}, ...}``, and how likely a
+    request waits for a place; None in a closed loop, and where the chain would need more than its largest size.
 
     The distribution is :func:`diffspec.percentiles.predict_distribution`'s for lognormal lengths with
     workload.output_scv; ttft and e2e are scaled to the means of ``prediction``, which is what was fitted.
@@ -151,13 +151,13 @@ def percentiles(
     if not workload.is_open or batch > 0.9 * states:
         return None
     found = _distribution(serving, workload, config, Lengths.lognormal(float(workload.output_scv)), states)
-    scale = {"ttft": prediction.ttft / found.ttft_mean, "e2e": prediction.e2e_latency / found.e2e_mean, "tpot": 1.0}
+    scale = {"ttft": prediction.ttft / found.ttft_mean, "e2e": prediction.e2e_latency / found.e2e_mean}
     named = {
         metric: {
-            f"p{percent}": finite(value * scale[metric])
+            f"p{percent}": finite(value * scale.get(metric, 1.0))
             for percent, value in zip(PERCENTILES, getattr(found, metric), strict=True)
         }
-        for metric in ("ttft", "tpot", "e2e")
+        for metric in ("ttft", "tpot", "itl", "e2e")
     }
     return named | {"waiting_probability": finite(found.requests.waiting_probability)}
 

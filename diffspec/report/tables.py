@@ -144,8 +144,8 @@ def prediction(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def percentile_table(found: Mapping[str, Any]) -> RenderableType:
-    """Percentiles of ttft, tpot and e2e; the title says how many requests wait for a place in the batch."""
-    metrics = [metric for metric in ("ttft", "tpot", "e2e") if metric in found]
+    """Percentiles of ttft, tpot, itl and e2e; the title says how many requests wait for a place in the batch."""
+    metrics = [metric for metric in ("ttft", "tpot", "itl", "e2e") if metric in found]
     names = list(found[metrics[0]])
     rows = [(metric, *(milliseconds(found[metric][name]) for name in names)) for metric in metrics]
     waits = percent(found["waiting_probability"])
