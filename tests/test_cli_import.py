@@ -163,3 +163,69 @@ def test_a_template_and_no_plan(capsys):
     assert "grid:" in capsys.readouterr().out
     assert main(["collect"]) == 2
     assert "PLAN.YAML is missing" in capsys.readouterr().err
+
+
+def test_counters_of_another_server_are_not_joined(tmp_path, capsys):
+    """A benchmark that drafted beside the scrapes of a server that did not, with the same requests and tokens."""
+    plain = "".join(line for line in METRICS.splitlines(keepends=True) if "spec_decode" not in line)
+    drafted = VLLM_OPEN | {"spec_decode_num_drafts": 500, "spec_decode_draft_tokens": 1000}
+    drafted |= {"spec_decode_acceptance_length": 2.0, "spec_decode_per_position_acceptance_rates": [0.6, 0.4]}
+    files = {"run.json": json.dumps(drafted), "a.txt": plain.format(**BEFORE), "b.txt": plain.format(**AFTER)}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert main(["import", *(str(tmp_path / name) for name in files), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert any("another server's?" in line for line in answer["warnings"])
+    assert answer["table"][0]["tokens_per_step"] == pytest.approx(2.0)
+
+
+def test_acceptance_of_two_scrapes_needs_no_load(run, tmp_path, capsys):
+    curve = tmp_path / "curve.json"
+    assert main(["acceptance", *run[1:], "--out", str(curve), "--json"]) == 0
+    (group,) = json.loads(capsys.readouterr().out)["groups"]
+    assert [position["acceptance"] for position in group["positions"]] == pytest.approx([0.8, 0.5])
+    assert curve.exists()
+
+
+def test_a_failed_run_does_not_stop_a_sweep(tmp_path, capsys):
+    good = VLLM_OPEN | {"request_rate": 2.0}
+    failed = VLLM_OPEN | {"completed": 0, "total_output_tokens": 0, "failed": 40}
+    for name, record in (("a.json", good), ("b.json", failed)):
+        (tmp_path / name).write_text(json.dumps(record))
+    out = tmp_path / "trace.csv"
+    assert main(["import", str(tmp_path), "--out", str(out)]) == 2, "said, unless it may be left out"
+    assert main(["import", str(tmp_path), "--skip-bad-rows", "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 1 and out.with_name("trace.csv.bad_rows.csv").exists()
+    (tmp_path / "a.json").unlink()
+    assert main(["import", str(tmp_path), "--skip-bad-rows", "--out", str(out)]) == 2, "nothing is left"
+
+
+def test_fit_and_check_take_what_the_files_do_not_tell(tmp_path, capsys):
+    """--set gives a missing column; a deployment with too few rows is left out and said."""
+    rows = [
+        {"deployment": "big", "concurrency": users, "output_length": 33, "itl_mean": 0.02 + 0.001 * users}
+        for users in (1, 2, 4, 8, 16)
+    ]
+    rows.append(rows[0] | {"deployment": "small"})
+    table = tmp_path / "runs.csv"
+    pd.DataFrame(rows).to_csv(table, index=False)
+    assert main(["check", str(table)]) == 2
+    assert "--set" in capsys.readouterr().err
+    told = ("--set", "draft_length=0", "--set", "prompt_length=64")
+    assert main(["check", str(table), *told, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 6
+    arguments = ["fit", str(table), *told, "--step-time", "affine", "--no-plot", "--out", str(tmp_path / "m.json")]
+    assert main([*arguments, "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["deployments"]
+    assert entry["deployment"] == "big"
+    assert any("fewer than 4 usable rows: small" in line for line in entry["warnings"])
+
+
+def test_a_dry_run_reads_the_files_of_the_plan(tmp_path, capsys):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        "limits: {max_rate: 10, max_requests: 50}\nmeasure: {requests: 5, warmup_requests: 1}\n"
+        "grid: [{replay: arrivals.csv, prompt_length: 8, output_length: 5}]\n"
+    )
+    assert main(["collect", str(plan), "--dry-run"]) == 2
+    assert "arrivals.csv" in capsys.readouterr().err

@@ -407,3 +407,15 @@ def test_bad_addresses(url):
 def test_the_template_is_a_plan():
     assert len(read_plan(TEMPLATE).cells()) == 6
     assert check_url("http://127.0.0.1:8000/v1/") == "http://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize(
+    ("identity", "message"),
+    [("tokens_per_step: 1.5", "tokens_per_step, which the engine counts"), ("method: none", "method none")],
+)
+def test_a_plan_may_not_replace_what_was_counted(tmp_path, identity, message):
+    with running(FakeServer(first=0.005, gap=0.001, per_chunk=2)) as server:
+        text = CAPS + QUICK + f"identity: {{deployment: fake, {identity}}}\n"
+        plan = read_plan(text + "grid: [{concurrency: 2, prompt_length: 8, output_length: 9}]\n", url=server.url)
+        with pytest.raises(NoResultError, match=message):
+            collect(plan, tmp_path / "out")

@@ -217,10 +217,10 @@ def test_a_bad_case_is_named_and_left_out(source, change, message):
 
 # Arrivals
 
-ROWS = ((0.0, 4808, 10), (0.052, 3180, 8), (1.5, 110, 27))
+ROWS = ((0.0, 4801, 10), (0.052, 3175, 8), (1.5, 112, 29))
 AZURE = (
-    "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n"
-    "2023-11-16 18:17:04.0319600,3180,8\n2023-11-16 18:17:05.4799600,110,27"
+    "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-20 18:17:03.9700000,4801,10\n"
+    "2023-11-20 18:17:04.0220000,3175,8\n2023-11-20 18:17:05.4700000,112,29"
 )
 MOONCAKE = "\n".join(
     json.dumps({"timestamp": round(1000 * t), "input_length": i, "output_length": o, "hash_ids": [0]})
@@ -228,12 +228,12 @@ MOONCAKE = "\n".join(
 )
 BLIS = (
     "request_id,client_id,input_tokens,output_tokens,arrival_time_us,send_time_us,status\n"
-    "0,a,4808,10,2000,9,ok\n1,a,3180,8,54000,9,ok\n2,b,110,27,1502000,9,ok\n"
+    "0,a,4801,10,2000,9,ok\n1,a,3175,8,54000,9,ok\n2,b,112,29,1502000,9,ok\n"
 )
 SIMULATOR = "\n".join(
     json.dumps({"input_toks": i, "output_toks": o, "arrival_time_ns": 10**9 + round(t * 1e9)}) for t, i, o in ROWS
 )
-PLAIN = "arrival_time;prompt_tokens;output_tokens\n7;4808;10\n7.052;3180;8\n8.5;110;27\n"
+PLAIN = "arrival_time;prompt_tokens;output_tokens\n7;4801;10\n7.052;3175;8\n8.5;112;29\n"
 LISTS = {
     "azure.csv": AZURE,
     "mooncake.jsonl": MOONCAKE,
@@ -249,7 +249,7 @@ def test_every_list_of_arrivals_says_the_same(source, name, content):
     assert arrivals.recognises(file)
     frame = arrivals.read(file)
     assert frame["arrival_time"].tolist() == pytest.approx([0, 0.052, 1.5], abs=1e-9)
-    assert frame["prompt_tokens"].tolist() == [4808, 3180, 110] and frame["output_tokens"].tolist() == [10, 8, 27]
+    assert frame["prompt_tokens"].tolist() == [4801, 3175, 112] and frame["output_tokens"].tolist() == [10, 8, 29]
     assert frame.attrs["warnings"] == []
 
 
@@ -267,17 +267,17 @@ BAD_LISTS = [
     (PLAIN.replace("7.052", "soon"), "row 3, column 'arrival_time'"),
     (PLAIN.replace("7.052", "inf"), "row 3, column 'arrival_time'"),
     (PLAIN.replace("7.052", ""), "row 3, column 'arrival_time'"),
-    (PLAIN.replace("3180", "-3180"), "row 3, column 'prompt_tokens'.*at least 0"),
-    (PLAIN.replace("3180", "many"), "row 3, column 'prompt_tokens'"),
-    (PLAIN.replace("3180", "nan"), "row 3, column 'prompt_tokens'"),
+    (PLAIN.replace("3175", "-3175"), "row 3, column 'prompt_tokens'.*at least 0"),
+    (PLAIN.replace("3175", "many"), "row 3, column 'prompt_tokens'"),
+    (PLAIN.replace("3175", "nan"), "row 3, column 'prompt_tokens'"),
     ("arrival_time,prompt_tokens\n", "no arrivals"),
     ("arrival_time,prompt_tokens\n1,2,3\n", "cannot be read"),
     ("arrival_time,prompt_tokens\n1\n", "cannot be read"),
-    (AZURE.replace("18:17:04.0319600", "later"), "row 3, column 'TIMESTAMP'.*a date and time"),
+    (AZURE.replace("18:17:04.0220000", "later"), "row 3, column 'TIMESTAMP'.*a date and time"),
     (MOONCAKE.replace("52", "null"), "row 2, column 'timestamp'"),
     (MOONCAKE.replace("52", "true"), "row 2, column 'timestamp'"),
     (MOONCAKE.replace("52", "1" + "0" * 400), "row 2, column 'timestamp'"),
-    (MOONCAKE.replace("3180", '"x"'), "row 2, column 'input_length'"),
+    (MOONCAKE.replace("3175", '"x"'), "row 2, column 'input_length'"),
     (MOONCAKE + "\n7", "row 4, column 'timestamp'"),
 ]
 

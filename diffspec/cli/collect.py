@@ -29,7 +29,7 @@ def command(
 
     Example: diffspec collect plan.yaml --url http://127.0.0.1:8000 --out trace --max-rate 10 --max-requests 5000
     """
-    from diffspec.collecting.collect import check_url, collect
+    from diffspec.collecting.collect import check_files, check_url, collect
     from diffspec.collecting.plan_text import TEMPLATE, read_plan
     from diffspec.report import trace_tables
     from diffspec.results import InputError
@@ -45,6 +45,7 @@ def command(
         raise InputError(f"{plan}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     read = read_plan(text, str(plan), url=url, max_rate=max_rate, max_requests=max_requests)
     if dry_run:
+        check_files(read, plan.parent)
         deliver(read.summary(), trace_tables.plan_summary, as_json=as_json)
         return
     check_url(read.server.url)

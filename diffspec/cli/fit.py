@@ -10,11 +10,14 @@ import typer
 from diffspec.cli.options import (
     AllRows,
     AsJson,
+    Assignments,
     Drafter,
     DrafterKind,
     Hardware,
+    Identity,
     TensorParallel,
     Verifier,
+    read_columns,
     read_curve,
     read_pair,
 )
@@ -37,6 +40,8 @@ def command(
     observables: Annotated[
         str | None, typer.Option(metavar="LIST", help="What to fit, such as ttft,itl; default: what is there.")
     ] = None,
+    assignments: Assignments = None,
+    identity: Identity = None,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Leave bad rows out; they go to MODEL.JSON.bad_rows.csv.")
     ] = False,
@@ -89,7 +94,7 @@ def command(
     elif (drafter, hardware, tensor_parallel, drafter_kind) != (None, None, None, None):
         raise InputError("--drafter, --hardware, --tensor-parallel and --drafter-kind need --verifier CONFIG.JSON")
     check_target(out, tuple(traces))
-    trace = read_trace(traces, skip_bad_rows=skip_bad_rows)
+    trace = read_trace(traces, skip_bad_rows=skip_bad_rows, identity=read_columns(identity, assignments))
     if acceptance is not None:
         trace = trace.with_acceptance(read_curve(acceptance))
     with progress_bar("fit") as progress:

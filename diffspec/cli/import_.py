@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffspec.cli.options import AsJson
+from diffspec.cli.options import AsJson, Assignments, Identity, read_columns
 from diffspec.cli.output import deliver, note
 
 
@@ -19,13 +19,8 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="TRACE", help="Where to write the trace: .csv or .parquet.")
     ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A column for every row, such as hardware=H200; repeatable."),
-    ] = None,
-    identity: Annotated[
-        Path | None, typer.Option("--identity", metavar="FILE.YAML", help="Columns for every row, as a YAML mapping.")
-    ] = None,
+    assignments: Assignments = None,
+    identity: Identity = None,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Leave bad rows out; they go to TRACE.bad_rows.csv.")
     ] = False,
@@ -42,14 +37,14 @@ def command(
     from diffspec.report.files import check_target
     from diffspec.results import InputError
     from diffspec.traces import check, to_csv, to_parquet
-    from diffspec.traces.gather import gather, import_answer, read_identity, refuse_others
+    from diffspec.traces.gather import gather, import_answer, refuse_others
     from diffspec.traces.trace import trace_of
 
     if out is not None:
         if out.suffix.lower() not in (".csv", ".parquet"):
             raise InputError(f"--out: got {str(out)!r}; allowed: a name that ends in .csv or .parquet")
         check_target(out, tuple(files))
-    columns = read_identity(None if identity is None else _text_of(identity), assignments or [])
+    columns = read_columns(identity, assignments)
     gathered = gather(files)
     trace = None
     if gathered.points:
@@ -67,12 +62,3 @@ def command(
     answer["out"] = None if out is None else str(out)
     note(answer["warnings"], "warning")
     deliver(answer, trace_tables.imported, as_json=as_json, files=contents, inputs=tuple(files))
-
-
-def _text_of(path: Path) -> str:
-    from diffspec.results import InputError
-
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None

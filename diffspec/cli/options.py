@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 
 MOST_LOADS = 1000
 
+
+def read_columns(identity: Path | None, assignments: list[str] | None) -> dict[str, Any]:
+    """Columns that ``--identity`` and ``--set`` give to every row."""
+    from diffspec.results import InputError
+    from diffspec.traces.gather import read_identity
+
+    try:
+        text = None if identity is None else identity.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{identity}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return read_identity(text, assignments or [])
+
+
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL.JSON", help="A model that 'diffspec fit' wrote.")]
 TracePaths = Annotated[
     list[Path],
@@ -27,6 +40,13 @@ TracePaths = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout (times in seconds).")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write the answer to FILE, as JSON.")]
 PlotPath = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it to FILE (PNG).")]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A column for every row, such as draft_length=4; repeatable."),
+]
+Identity = Annotated[
+    Path | None, typer.Option("--identity", metavar="FILE.YAML", help="Columns for every row, as a YAML mapping.")
+]
 _HARDWARE = "Before any trace, or on other hardware"
 Verifier = Annotated[
     Path | None,

@@ -67,6 +67,12 @@ def check_url(url: str | None) -> str:
     return (url or "").rstrip("/").removesuffix("/v1").rstrip("/")
 
 
+def check_files(plan: Plan, beside: Path) -> None:
+    """Read the files that the plan names (arrivals, prompts), before anything is sent. Raises `InputError`."""
+    for cell in plan.cells():
+        next(asks(plan, cell, "", beside), None)
+
+
 def collect(plan: Plan, out: Path, *, beside: Path = Path(), progress: Progress | None = None) -> Collected:
     """Carry out `plan` against its server and write the trace under `out` (see `record`); cells finished before are not
     measured again. `beside` is the folder in which files that the plan names are looked for.
@@ -74,8 +80,7 @@ def collect(plan: Plan, out: Path, *, beside: Path = Path(), progress: Progress 
     Raises `InputError` for an address or folder that cannot be used, and `NoResultError` when the server does not
     answer. A cell that fails is reported and the rest is measured."""
     url = check_url(plan.server.url)
-    for cell in plan.cells():  # files that the plan names are read before anything is sent
-        next(asks(plan, cell, "", beside), None)
+    check_files(plan, beside)
     recorder = Recorder(out, plan)
     recorder.open()
     return asyncio.run(_collect(plan, url, recorder, beside, progress or (lambda what, share: None)))
@@ -187,6 +192,8 @@ def operating_point(
     observed["effective_batch_size"] += sum(max(end - max(at, start), 0.0) for at in run.cut_off) / (end - start)
     gaps = np.concatenate([np.diff(sent.events) for sent in good])
     notes = [f"{lost} of {len(run.measured)} measured requests failed"] if lost else []
+    if any(sent.prompt_tokens is None for sent in good):
+        notes.append("the server sends no usage.prompt_tokens: prompt_length is what was asked for, not counted")
     if cell.output_length > 1 and not gaps.sum() > 0:
         notes.append("the answers came all at once, not streamed: ttft, itl and tpot are left out")
         observed = {name: value for name, value in observed.items() if not name.startswith(("ttft_", "tpot_"))}
@@ -209,6 +216,7 @@ def operating_point(
     row |= {**observed, "window": "steady"}
     row |= {"failed": lost, "temperature": plan.prompts.temperature}
     _agree(plan, row)
+    notes += _replaced(plan, row)
     row |= plan.identity
     row |= dict(cell.identity)
     row["run"] = f"{plan.identity['run']}__{cell.name}" if plan.identity.get("run") else cell.name
@@ -240,6 +248,24 @@ def _agree(plan: Plan, row: dict[str, Any]) -> None:
             f"the plan says draft_length {stated}, the engine's counters {counted}; mend the plan's identity, or leave "
             "draft_length out"
         )
+
+
+def _replaced(plan: Plan, row: dict[str, Any]) -> list[str]:
+    """A line for every value that the server told and the plan's identity replaces. Raises `NoResultError` for what was
+    measured, and for a method that contradicts the drafts counted."""
+    stated = {name: value for name, value in plan.identity.items() if name != "deployment" and value is not None}
+    measured = [name for name in stated if name in ("tokens_per_step", "position_acceptance") and name in row]
+    if measured:
+        raise NoResultError(f"the plan's identity states {', '.join(measured)}, which the engine counts; leave it out")
+    if stated.get("method") == "none" and row.get("draft_length"):
+        raise NoResultError(
+            f"the plan says method none, the engine drafts {row['draft_length']} tokens a step; mend the identity"
+        )
+    return [
+        f"{name} is {value} by the plan, {row[name]} by the server; the plan's is kept"
+        for name, value in stated.items()
+        if name in row and str(row[name]) != str(value)
+    ]
 
 
 def _ends(plan: Plan) -> dict[str, str]:

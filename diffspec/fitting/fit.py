@@ -74,7 +74,12 @@ def fit(
             raise InputError(f"holdout {holdout!r}: none of {len(trace)} rows matches")
     report = progress or (lambda what, share: None)
     fitted = []
-    for name, frame in trace.frame.groupby("deployment", sort=False):
+    groups = list(trace.frame.groupby("deployment", sort=False))
+    usable = {name: _usable_rows(frame[~held_out[frame.index.to_numpy()]], all_rows) for name, frame in groups}
+    left_out = [str(name) for name, count in usable.items() if count < LEAST_ROWS < max(usable.values())]
+    for name, frame in groups:
+        if name in left_out:
+            continue
         apart = held_out[frame.index.to_numpy()]
         deployment = _fit_deployment(str(name), frame[~apart], step_time, observables, all_rows, start, report)
         deployment.warnings.extend(trace.warnings)
@@ -82,8 +87,14 @@ def fit(
             scores = _score(deployment, frame[apart], all_rows)
             deployment.quality["holdout"] = {"expression": holdout, "rows": int(apart.sum()), "metrics": scores}
         fitted.append(deployment)
+    if left_out:
+        fitted[0].warnings.append(f"not fitted, fewer than {LEAST_ROWS} usable rows: {', '.join(left_out)}")
     used = replace(trace, frame=trace.frame[~held_out])
     return FittedModel({d.name: d for d in fitted}, used.digest(), used_versions())
+
+
+def _usable_rows(frame, all_rows: bool) -> int:
+    return len(frame) if all_rows else sum(reason is None for reason in set_aside_reasons(frame))
 
 
 def _score(deployment: FittedDeployment, frame, all_rows: bool) -> dict[str, Any]:

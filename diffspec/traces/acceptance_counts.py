@@ -7,7 +7,7 @@ tokens_per_step`` steps, and ``reached_(i+1) = reached_i * acceptance_i``.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from .readers.speculation_profile import SpeculationProfile
 from .trace import trace_of
 
 LABELS = ("deployment", "run", "workload", "task", "temperature", "draft_length", "output_position")
+_NEEDED = ("n_requests", "output_length", "tokens_per_step", "position_acceptance")
+"""Columns that tell the counts of a run; scrapes alone name no load, and acceptance needs none."""
 OUTPUT_POSITIONS = (0, 16, 64, 256, 1024)
 """Where bins of the output position begin [tok]."""
 
@@ -49,8 +51,14 @@ def acceptance_counts(gathered: Gathered, by_output_position: bool = False) -> l
             continue
         found.append(_by_output_position(value) if by_output_position else _by_request(value))
     if gathered.points and not by_output_position:
-        counts = _by_run(trace_of(gathered).frame)
-        found += [counts] if counts is not None else []
+        scraped = [raw for _, raw in gathered.points if not {"arrival_rate", "concurrency"} & set(raw.columns)]
+        loaded = [(file, raw) for file, raw in gathered.points if not any(raw is other for other in scraped)]
+        frames = [raw.reindex(columns=list(dict.fromkeys([*raw.columns, *_NEEDED]))) for raw in scraped]
+        if loaded:
+            trace = trace_of(replace(gathered, points=loaded))
+            gathered.warnings += [line for line in trace.warnings if line not in gathered.warnings]
+            frames.append(trace.frame)
+        found += [counts for frame in frames if (counts := _by_run(frame)) is not None]
     return [counts for counts in found if len(counts.accepted)]
 
 
@@ -92,7 +100,7 @@ def _by_run(frame: pd.DataFrame) -> AcceptanceCounts | None:
     for index, rates in enumerate(frame["position_acceptance"]):
         row = frame.iloc[index]
         steps = row["n_requests"] * max(row["output_length"] - 1, 1) / row["tokens_per_step"]
-        if not rates or not math.isfinite(steps):
+        if not isinstance(rates, tuple) or not rates or not math.isfinite(steps):
             continue
         tried = steps * np.cumprod([1.0, *rates[:-1]])
         reached.append(tuple(tried))

@@ -72,7 +72,11 @@ def _shape(sheet: Sheet) -> None:
 def _speculation(sheet: Sheet) -> None:
     length, method = sheet.numbers["draft_length"], sheet.texts["method"]
     sheet.flag(
-        ~sheet.given["draft_length"], "draft_length", "the value is missing", "tokens drafted per step, 0 for none"
+        ~sheet.given["draft_length"],
+        "draft_length",
+        "the value is missing",
+        "tokens drafted per step, 0 for none",
+        "give it by a column or 'diffspec import --set draft_length=K'",
     )
     none = np.array([text == "none" for text in method], bool)
     sheet.flag(

@@ -14,6 +14,7 @@ from .source import HEAD, Source
 from .table import file_name
 
 COLLECTED = "operating_points.csv"
+SCRAPES = ".metrics.txt"
 _REPEATS = ("summary.json", "summary.csv")
 _NOT_RUNS = ("warmup.json", "failure.json")
 
@@ -27,7 +28,7 @@ def traces_in(folder: Path, warnings: list[str]) -> list[tuple[Format, Source]]:
         files = [item for item in files if item.name == COLLECTED or not set(collections) & set(item.parents)]
     read: list[tuple[Format, Source]] = []
     for item in files:
-        if item.name not in _REPEATS and not item.name.endswith(_NOT_RUNS):
+        if item.name not in _REPEATS and not item.name.endswith(_NOT_RUNS) and not _beside_requests(item):
             read += _recognised(item, warnings)
     # The deepest first: a summary.csv repeats the summary.json of each folder below it.
     for item in sorted((item for item in files if item.name in _REPEATS), key=lambda item: (-len(item.parts), item)):
@@ -43,6 +44,12 @@ def traces_in(folder: Path, warnings: list[str]) -> list[tuple[Format, Source]]:
     if not read:
         raise Problem("no trace in this folder", file=file_name(folder), advice="name its files one by one").error()
     return read
+
+
+def _beside_requests(item: Path) -> bool:
+    """Whether these are the scrapes of a collected cell, whose requests lie beside them and say the same."""
+    name = item.name.removesuffix(SCRAPES)
+    return name != item.name and item.with_name(f"{name}.jsonl").exists()
 
 
 def _hidden(path: Path) -> bool:

@@ -258,6 +258,10 @@ def _fill(frame: pd.DataFrame, index: int, window: _Window, requests: float, tok
     rate = _number(frame.iloc[index], "throughput")
     duration = requests / rate if rate else None
     counted, told = operating_point(first, last, window.scrapes[1:-1], duration=duration)
+    if counted.get("draft_length") == 0 and (drafted := _number(frame.iloc[index], "draft_length")):
+        text = f"{drafted:g} tokens a step were drafted, none between {first.file} and {last.file}: another server's?"
+        notes.append(f"{place}: {text} Not joined")
+        return
     completed, generated = _completed(last) - _completed(first), _generated(last) - _generated(first)
     notes += [f"{place}: {line}" for line in told if "acceptance is known" in line or line in last.warnings]
     if generated > (1 + NEAR) * tokens or completed > (1 + NEAR) * requests:

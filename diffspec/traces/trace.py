@@ -99,22 +99,24 @@ def read_trace(
 def trace_of(gathered: Gathered, *, skip_bad_rows: bool = False, identity: Mapping[str, Any] | None = None) -> Trace:
     """The operating points of what was gathered, validated; see `read_trace`."""
     check_identity(identity or {})
-    frames, bad, warnings, sources, problems = [], [], list(gathered.warnings), [], []
+    frames, bad, warnings, sources, problems, refused = [], [], list(gathered.warnings), [], [], []
     for file, raw in gathered.points:
         warnings += set_identity(raw, dict(identity or {}))
         frame, notes, found = validate(raw, file)
         warnings += notes
         sources += list(dict.fromkeys(raw["source_file"])) if len(raw) else [file]
         if skip_bad_rows and all(problem.row is not None for problem in found):
+            refused += found
             frame, spoilt = _part(frame, raw, found)
             bad.append(spoilt)
-            if not len(frame):
-                problems += found
         else:
             problems += found
         frames.append(frame)
+    if not any(len(frame) for frame in frames):
+        problems = problems or refused
     if problems:
         raise error_from(problems)
+    frames = [frame for frame in frames if len(frame)]
     frame = pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0].reset_index(drop=True)
     frame = frame.loc[:, [*(name for name in frame.columns if name not in RESERVED), "source_file", "source_row"]]
     warnings += _twice(frame)

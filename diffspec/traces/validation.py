@@ -94,12 +94,17 @@ def _absent(sheet: Sheet, names: list[str], file: str | None) -> list[Problem]:
     for name in ("prompt_length", "output_length"):
         if empty(name):
             hint = next(iter(difflib.get_close_matches(name, [n for n in names if n not in NAMES], 1, 0.75)), None)
-            advice = f"perhaps it is called '{hint}'" if hint else "give the mean number of tokens"
+            advice = f"perhaps it is called '{hint}'" if hint else f"give it by 'diffspec import --set {name}=N'"
             problems.append(Problem("the column is missing or empty", file, None, name, advice=advice))
     if empty("arrival_rate", "concurrency"):
         message = "neither arrival_rate nor concurrency is in the table"
         problems.append(
-            Problem(message, file, allowed="arrival_rate [req/s] for open loops, concurrency [req] for closed ones")
+            Problem(
+                message,
+                file,
+                allowed="arrival_rate [req/s] for open loops, concurrency [req] for closed ones",
+                advice="give it by 'diffspec import --set arrival_rate=R' or '--set concurrency=N'",
+            )
         )
     if empty(*OBSERVABLES):
         message = "nothing observed is in the table"
