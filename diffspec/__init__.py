@@ -45,10 +45,14 @@ if TYPE_CHECKING:
     from diffspec.fitting.fit import fit
     from diffspec.fitting.principles import transfer
     from diffspec.hardware import Accelerator, accelerator
+    from diffspec.lengths import Lengths
     from diffspec.optimizing.policy import optimize
+    from diffspec.percentiles import predict_distribution
     from diffspec.resources import MemoryPlan, energy_per_token, memory_plan
     from diffspec.results import RESULTS, DiffspecError, InputError, NoResultError, TraceError
     from diffspec.serving import Configuration, Prediction, ServingModel
+    from diffspec.simulating import Engine, simulate
+    from diffspec.staircase import StaircaseStepTime
     from diffspec.steady_state import SteadyState, solve_closed_loop, solve_open_loop
     from diffspec.step_time import AbstractStepTime, AffineStepTime, ExpertCost, RooflineStepTime
     from diffspec.traces import Trace, check, read_trace
@@ -72,12 +76,14 @@ __all__ = [
     "DraftCost",
     "DraftModel",
     "Efficiency",
+    "Engine",
     "ExpertCost",
     "ExpertRouting",
     "FirstPrinciples",
     "FittedDeployment",
     "FittedModel",
     "InputError",
+    "Lengths",
     "MeasuredAcceptance",
     "MemoryPlan",
     "NgramDrafter",
@@ -90,6 +96,7 @@ __all__ = [
     "RemoteDrafter",
     "RooflineStepTime",
     "ServingModel",
+    "StaircaseStepTime",
     "SteadyState",
     "StepParts",
     "Trace",
@@ -120,11 +127,13 @@ __all__ = [
     "optimize",
     "predict_answer",
     "predict_before_traces",
+    "predict_distribution",
     "predict_transferred",
     "read_architecture",
     "read_trace",
     "sensitivity",
     "shrink_to_decay",
+    "simulate",
     "solve_closed_loop",
     "solve_open_loop",
     "step_time_from",
@@ -194,7 +203,9 @@ _HOMES = {
         "Accelerator",
         "accelerator",
     ),
+    "lengths": ("Lengths",),
     "optimizing.policy": ("optimize",),
+    "percentiles": ("predict_distribution",),
     "resources": (
         "MemoryPlan",
         "energy_per_token",
@@ -212,6 +223,9 @@ _HOMES = {
         "Prediction",
         "ServingModel",
     ),
+    "simulating": ("Engine",),
+    "simulating.simulation": ("simulate",),
+    "staircase": ("StaircaseStepTime",),
     "steady_state": (
         "SteadyState",
         "solve_closed_loop",

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "diffspec"
 HOOKED = [
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
     for path in PACKAGE.rglob("*.py")
-    if path != PACKAGE / "simulate" / "engine.py"  # numba compiles it, and cannot compile what checks its arguments
+    if path != PACKAGE / "simulating" / "engine.py"  # numba compiles it, and cannot compile what checks its arguments
 ]
 jaxtyping.install_import_hook(HOOKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 

@@ -4,7 +4,7 @@ import pytest
 
 from diffspec.acceptance import ConstantAcceptance
 from diffspec.serving import Configuration, ServingModel
-from diffspec.simulate import Engine, simulate
+from diffspec.simulating import Engine, simulate
 from diffspec.step_time import DraftCost, RooflineStepTime
 from diffspec.workload import Workload
 

@@ -23,10 +23,10 @@ LAYERS = (
     ("workload", "lengths", "hardware", "architecture"),
     (
         *("acceptance_curves", "acceptance", "acceptance_decay", "experts"),
-        *("batch_state", "drafters", "step_time", "trees", "tree_search"),
+        *("batch_state", "drafters", "step_time", "staircase", "trees", "tree_search"),
         *("first_principles", "resources"),
     ),
-    ("steady_state", "waiting", "simulate"),
+    ("steady_state", "waiting", "simulating"),
     ("serving", "traces", "datasets"),
     ("percentiles", "collecting", "fitting", "analysis", "optimizing"),
     ("report", "demo"),
@@ -171,7 +171,7 @@ BAD_TREES = [
     (heavy_packages_confined, {"cli/plot.py": "from matplotlib import pyplot"}, "only ['report']"),
     (heavy_packages_confined, {"fitting/a.py": "import rich.table"}, "imports rich.table"),
     (heavy_packages_confined, {"report/a.py": "import typer"}, "imports typer"),
-    (nothing_prints, {"simulate/engine.py": "x = 1\nprint(x)"}, "engine.py:2: print()"),
+    (nothing_prints, {"simulating/engine.py": "x = 1\nprint(x)"}, "engine.py:2: print()"),
     (annotations_are_evaluated, {"workload.py": "from __future__ import annotations"}, "workload.py:1"),
     (modules_are_short, {"workload.py": "x = 1\n" * (MAX_LINES + 1)}, f"{MAX_LINES + 1} lines"),
 ]

@@ -11,7 +11,7 @@ from diffspec.lengths import Lengths
 from diffspec.percentiles import predict_distribution, states_for
 from diffspec.results import InputError
 from diffspec.serving import Configuration, ServingModel
-from diffspec.simulate import Engine, simulate
+from diffspec.simulating import Engine, simulate
 from diffspec.step_time import AffineStepTime, DraftCost, RooflineStepTime
 from diffspec.waiting import _correlated, blocking_probability, requests_in_system, waiting_factor
 from diffspec.workload import Workload

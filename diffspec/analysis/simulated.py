@@ -12,7 +12,7 @@ from diffspec.analysis.answers import predict_answer
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.results import InputError
 from diffspec.serving import Configuration
-from diffspec.simulate import Engine, Simulation, simulate
+from diffspec.simulating import Engine, Simulation, simulate
 from diffspec.workload import Workload
 
 LAWS = ("fixed", "geometric", "lognormal")

@@ -29,7 +29,7 @@ from diffspec import (  # noqa: E402
 )
 from diffspec.lengths import Lengths  # noqa: E402
 from diffspec.percentiles import predict_distribution  # noqa: E402
-from diffspec.simulate import Engine, Requests, draw_requests, replay  # noqa: E402
+from diffspec.simulating import Engine, Requests, draw_requests, replay  # noqa: E402
 
 SERVER = RooflineStepTime(
     weight_read=6e-3, token_compute=4e-5, kv_read=6e-8, prefill_token=2e-5, draft=DraftCost(pass_base=5e-4)

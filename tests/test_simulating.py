@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffspec.results import InputError
-from diffspec.simulate import Engine, Lane, Requests, draw_requests, replay, run_lanes, simulate
+from diffspec.simulating import Engine, Lane, Requests, draw_requests, replay, run_lanes, simulate
 from diffspec.step_time import AffineStepTime, DraftCost, RooflineStepTime
 from diffspec.workload import Workload
 
@@ -117,8 +117,8 @@ def test_the_caps_hold():
     """Never more running than the cap, never more tokens a step than the budget, never more cache than the memory."""
     requests = draw_requests(Workload(100.0, 40.0, concurrency=32), 200, np.random.default_rng(0))
     engine = Engine(2, (0.8,), max_batch_size=8, max_batched_tokens=64, kv_capacity_tokens=900)
-    from diffspec.simulate import engine as compiled
-    from diffspec.simulate import run
+    from diffspec.simulating import engine as compiled
+    from diffspec.simulating import run
 
     data = run._allocate([Lane(requests, engine, concurrency=32)])
     duration, seen = np.full(1, 0.01), set()
