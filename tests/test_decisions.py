@@ -72,13 +72,22 @@ def test_prediction_answer_is_plain_and_complete(deployment):
     assert predict_answer(deployment, Workload(**LENGTHS, arrival_rate=3.0), own)["warnings"] == []
 
 
-def test_a_batch_near_its_cap_is_told(deployment):
+def test_requests_wait_for_a_place_in_the_batch(deployment):
+    """One place: M/G/1 with the wait of Pollaczek and Khinchine; optimize counts it, and nothing is warned about."""
     load = Workload(**LENGTHS, arrival_rate=1.2)
     config = deployment.configuration(4, acceptance=ConstantAcceptance(0.9), max_batch_size=1)
     answer = predict_answer(deployment, load, config)
-    assert answer["outcome"] == "successful" and any("queue for a place" in note for note in answer["warnings"])
+    free = predict_answer(deployment, load, deployment.configuration(4, acceptance=ConstantAcceptance(0.9)))
+    assert answer["outcome"] == "successful" and answer["warnings"] == []
+    service = answer["e2e_latency"] - answer["waiting_time"]
+    use = 1.2 * service
+    low, high = (0.5 * use / (1 - use) * service * (1 + scv) for scv in (0.0, 0.1))
+    assert low <= answer["waiting_time"] <= high, "between fixed service and the spread of acceptance"
+    assert answer["percentiles"]["waiting_probability"] == pytest.approx(use, rel=0.05)
+    assert answer["ttft"] > free["ttft"] + 0.9 * answer["waiting_time"] - 0.2
     policy = optimize(deployment, loads=[1.2], **LENGTHS, max_batch_size=1, acceptance=ConstantAcceptance(0.9))
-    assert any(note.startswith("at 1.2 req/s the batch is near its cap") for note in policy["warnings"])
+    assert not any("near its cap" in note for note in policy["warnings"])
+    assert policy["policy"][0]["metrics"]["e2e_mean"] <= answer["e2e_latency"] * (1 + 1e-9)
 
 
 def test_without_plain_rows_no_speedup_and_no_zero(deployment):

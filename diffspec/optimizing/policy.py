@@ -18,7 +18,7 @@ from diffspec.optimizing.limits import Limit, check_objective, parse_limit
 from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
 from diffspec.optimizing.schedule import LONGEST_SCHEDULE, batch_schedule, residence_under_schedule
 from diffspec.results import RESULTS, InputError
-from diffspec.serving import Configuration, ServingModel, batch_cap
+from diffspec.serving import MOST_STATES, Configuration, ServingModel, batch_cap
 from diffspec.workload import Workload, batched, check_range
 
 LOOPS = ("arrival_rate", "concurrency")
@@ -253,9 +253,9 @@ def _schedule_length(config: Configuration, workload: Workload) -> int:
 
 
 def _queueing(table, loop: str, config: Configuration, workload: Workload) -> list[str]:
-    """The loads at which the chosen batch is near its cap; see :func:`diffspec.analysis.answers.near_the_cap`."""
+    """The loads at which the chosen batch is near a cap for which waiting is not computed."""
     cap = batch_cap(workload, config)
-    if loop != "arrival_rate" or cap is None:
+    if loop != "arrival_rate" or cap is None or float(cap) <= MOST_STATES:
         return []
     near = []
     for entry in table:
