@@ -257,24 +257,13 @@ def latency_distribution(
     weight = busy[:, None, None] * carried[:, :, None] * together
 
     def of_ttft(t):
-        wide = pace.first_steps * lasts[:, :, None]
+        wide = jnp.maximum(pace.first_steps * lasts[:, :, None], 1e-3 * own + 1e-9)
         met_busy = jnp.sum(weight * jnp.clip((t - begin[:, None, :]) / wide, 0.0, 1.0), axis=(1, 2))
         alone = jnp.clip((t - own) / (1e-3 * own + 1e-9) + 0.5, 0.0, 1.0)
         queued = -jnp.expm1(-jnp.maximum(t - own - carry[-1], 0.0) / jnp.maximum(wait_if, 1e-9))
         return calm @ jnp.where(busy > 0, met_busy, alone) + (1.0 - jnp.sum(calm)) * queued
 
-    # gaps between stream events: a step, and the prompts or the chunk that it carries
-    pieces = 1.0 + pace.chunk_steps
-    carrying = arrival_rate * pace.step / (1.0 - stall) * pieces
-    whole = jnp.where(
-        pieces[:, None] > 1.01, jnp.minimum(prompts, 1.0), prompts
-    )  # of a chunked prompt one chunk a step
-    gaps = pace.step[:, None] + whole * (foreign / pieces)[:, None]
-    gap_share = (others / jnp.sum(others))[:, None] * _poisson(carrying, prompts)
-    few = pieces[:, None] > 1.01  # a share of the steps, not a Poisson number of them
-    bernoulli = jnp.minimum(carrying, 1.0)[:, None] * jnp.where(prompts == 1.0, 1.0, 0.0)
-    bernoulli = bernoulli + (1.0 - jnp.minimum(carrying, 1.0))[:, None] * jnp.where(prompts == 0.0, 1.0, 0.0)
-    gap_share = jnp.where(few, (others / jnp.sum(others))[:, None] * bernoulli, gap_share)
+    gaps, gap_share = _gaps(pace, others / jnp.sum(others), arrival_rate / (1.0 - stall), foreign)
 
     def of_itl(t):
         return jnp.sum(gap_share * ndtr(jnp.log(jnp.maximum(t, 1e-300) / gaps) / _GAP_SPREAD))
@@ -291,6 +280,22 @@ def latency_distribution(
         itl=_quantiles(of_itl, wanted, 2.0 * jnp.max(gaps)),
         e2e=_quantiles(of_e2e, wanted, high),
     )
+
+
+def _gaps(pace: Pace, others, flow, foreign):
+    """Gaps between stream events [s] and their shares, [states, prompts]: a step with what it carries.
+
+    Whole prompts come in Poisson numbers, ``flow``*step of them; of a prompt in chunks a step carries one or none.
+    """
+    prompts = jnp.arange(_PROMPTS, dtype=pace.step.dtype)
+    pieces = 1.0 + pace.chunk_steps
+    chunked = pieces[:, None] > 1.01
+    carrying = flow * pace.step * pieces
+    one = jnp.minimum(carrying, 1.0)[:, None]
+    chunk_or_none = jnp.where(prompts == 1.0, one, jnp.where(prompts == 0.0, 1.0 - one, 0.0))
+    share = others[:, None] * jnp.where(chunked, chunk_or_none, _poisson(carrying, prompts))
+    carried = jnp.where(chunked, jnp.minimum(prompts, 1.0), prompts)
+    return pace.step[:, None] + carried * (foreign / pieces)[:, None], share
 
 
 def _poisson(mean, number):

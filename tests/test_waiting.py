@@ -178,6 +178,26 @@ def test_an_overloaded_server_has_numbers_and_a_closed_loop_an_error():
         predict_distribution(MODEL, Workload(1.0, 1.0, concurrency=2.0), config, Lengths.fixed(), states=64)
 
 
+@pytest.mark.parametrize("budget", [None, 256])
+def test_prompts_make_long_gaps_and_chunks_shorter_ones(budget):
+    """Gaps between events with prompts of 2,000 tokens: p50, p90 and p99 as simulated; a budget cuts the longest."""
+    config = Configuration(max_batched_tokens=None if budget is None else float(budget))
+    load = Workload(2000.0, 120.0, arrival_rate=2.5)
+    model = predict_distribution(MODEL, load, config, Lengths.fixed(), states=64)
+    found = simulate(SERVER, load, Engine(max_batched_tokens=budget), n_requests=1000, replications=8)
+    for place, percent in ((0, 50), (1, 90), (3, 99)):
+        assert float(model.itl[place]) == pytest.approx(found.itl(percent).value, rel=0.06)
+    assert float(model.itl[3]) > 0.04 if budget is None else float(model.itl[3]) < 0.015
+    assert float(model.e2e_mean) == pytest.approx(found.mean("e2e").value, rel=0.03)
+
+
+def test_no_first_token_steps_is_no_division_by_zero():
+    model = ServingModel(SERVER, first_token_steps=0.0)
+    load = Workload(300.0, 120.0, arrival_rate=5.0)
+    found = predict_distribution(model, load, Configuration(max_batch_size=16.0), Lengths.fixed(), states=64)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(found))
+
+
 def test_the_chain_is_large_enough():
     assert states_for(16, 3.0) == 64
     assert states_for(256, 200.0) == 256
