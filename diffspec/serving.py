@@ -23,7 +23,7 @@ from diffspec.parameters import Scalar, parameter
 from diffspec.results import RESULTS, InputError
 from diffspec.steady_state import SteadyState, finite_run_factor, solve_closed_loop, solve_open_loop
 from diffspec.step_time import AbstractStepTime, BatchState, StepParts, scaled
-from diffspec.waiting import requests_in_system, waiting_factor
+from diffspec.waiting import requests_in_system, wait_of_finite_run, waiting_factor
 from diffspec.workload import Workload, check_range
 
 MOST_STATES = 1024
@@ -331,6 +331,9 @@ class ServingModel(eqx.Module):
         fixed = places * request.prefill * self.prefill_interference / residence[-1]
         service_scv = (request.spread / jnp.maximum(request.steps, 1e-9)) ** 2 * jnp.maximum(1.0 - fixed, 0.0) ** 2
         waiting = chain.waiting_time * waiting_factor(chain.load, places, service_scv, workload.arrival_scv)
+        if workload.n_requests is not None:
+            variability = workload.arrival_scv + service_scv
+            waiting = wait_of_finite_run(waiting, workload.n_requests, places, rate, variability)
         return jnp.where(known, waiting, 0.0)
 
     def _batch_seen(self, workload: Workload) -> Callable:

@@ -38,3 +38,24 @@ def test_a_closed_loop_is_as_fast_as_simulated(concurrency, k):
     found = simulate(FAST, load, Engine(k, (0.8,) * k), n_requests=500, replications=4)
     assert float(model.e2e_latency) == pytest.approx(found.mean("e2e").value, rel=0.03)
     assert float(model.throughput) == pytest.approx(found.throughput.value, rel=0.03)
+
+
+@pytest.mark.parametrize(("cap", "use", "n"), [(8, 0.9, 80), (16, 0.97, 80), (16, 0.97, 300)])
+def test_a_short_run_near_saturation_has_not_waited_long_yet(cap, use, n):
+    """Within 10 % where the stationary wait would put e2e 13 to 74 % too high."""
+    config = Configuration(max_batch_size=float(cap))
+    model = ServingModel(FAST, first_token_steps=1.5)
+    rate = use * float(model.predict(Workload(300.0, 120.0, arrival_rate=1.0), config).capacity)
+    found = simulate(
+        FAST,
+        Workload(300.0, 120.0, arrival_rate=rate),
+        Engine(max_batch_size=cap),
+        n_requests=n,
+        replications=100,
+        finite=True,
+    )
+    measured = found.mean("e2e").value
+    finite = model.predict(Workload(300.0, 120.0, arrival_rate=rate, n_requests=float(n)), config)
+    steady = model.predict(Workload(300.0, 120.0, arrival_rate=rate), config)
+    assert float(finite.e2e_latency) == pytest.approx(measured, rel=0.1)
+    assert float(steady.e2e_latency) > 1.1 * measured
