@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diffspec.analysis.sensitivity import sensitivity
     from diffspec.architecture import Transformer, eagle_head, read_architecture
     from diffspec.batch_state import BatchState, StepParts
+    from diffspec.configuration import Configuration
     from diffspec.drafters import (
         AbstractDrafter,
         BlockDrafter,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from diffspec.percentiles import predict_distribution
     from diffspec.resources import MemoryPlan, energy_per_token, memory_plan
     from diffspec.results import RESULTS, DiffspecError, InputError, NoResultError, TraceError
-    from diffspec.serving import Configuration, Prediction, ServingModel
+    from diffspec.serving import Prediction, ServingModel
     from diffspec.simulating import Engine, simulate
     from diffspec.staircase import StaircaseStepTime
     from diffspec.steady_state import SteadyState, solve_closed_loop, solve_open_loop
@@ -218,8 +219,8 @@ _HOMES = {
         "NoResultError",
         "TraceError",
     ),
+    "configuration": ("Configuration",),
     "serving": (
-        "Configuration",
         "Prediction",
         "ServingModel",
     ),

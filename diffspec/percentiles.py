@@ -4,9 +4,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from diffspec.configuration import Configuration, batch_cap
 from diffspec.lengths import Lengths
 from diffspec.results import InputError
-from diffspec.serving import Configuration, ServingModel, batch_cap
+from diffspec.serving import ServingModel
 from diffspec.steady_state import SATURATION_MARGIN
 from diffspec.waiting import PERCENTILES, LatencyDistribution, Pace, latency_distribution
 from diffspec.workload import Workload

@@ -12,63 +12,24 @@ carries the rest. All times in s.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractAcceptance, StepsForm, steps_per_request
+from diffspec.acceptance import StepsForm, steps_per_request
+from diffspec.configuration import Configuration, batch_cap
 from diffspec.parameters import Scalar, parameter
-from diffspec.results import RESULTS, InputError
+from diffspec.results import RESULTS
 from diffspec.steady_state import SteadyState, finite_run_factor, solve_closed_loop, solve_open_loop
 from diffspec.step_time import AbstractStepTime, BatchState, StepParts, scaled
 from diffspec.waiting import requests_in_system, wait_of_finite_run, waiting_factor
-from diffspec.workload import Workload, check_range
+from diffspec.workload import Workload
 
 MOST_STATES = 1024
 """Largest batch cap for which waiting in open loops is computed."""
 
 STAGES = ("waiting", "prefill", "draft", "verify", "overhead")
-
-
-class Configuration(eqx.Module):
-    """What an engineer chooses: ``draft_length`` [tok] (0: no speculation), the acceptance it meets, and the caps.
-
-    * ``acceptance``: needed when draft_length > 0; ``draft_probability`` [1]: share of steps that draft
-    * ``max_batch_size`` [req]: None for no cap; ``kv_capacity_tokens`` [tok]: caps the batch at
-      kv_capacity_tokens/(prompt_length + output_length/2), the mean tokens that a running request holds
-    * ``max_batched_tokens`` [tok]: token budget of one step; longer prompts are prefilled in chunks, each in a step
-    * ``verifier_scale``, ``drafter_scale`` [1]: parameter counts relative to the fitted deployment
-    """
-
-    draft_length: Scalar = 0.0
-    acceptance: AbstractAcceptance | None = None
-    max_batch_size: Scalar | None = None
-    kv_capacity_tokens: Scalar | None = None
-    max_batched_tokens: Scalar | None = None
-    draft_probability: Scalar = 1.0
-    verifier_scale: Scalar = 1.0
-    drafter_scale: Scalar = 1.0
-
-    def __check_init__(self):
-        check_range("draft_length", self.draft_length, 0, MAX_DRAFT_LENGTH, low_open=False, unit="tok")
-        check_range("max_batch_size", self.max_batch_size, 1, 1e9, low_open=False, unit="req")
-        check_range("max_batched_tokens", self.max_batched_tokens, 1, 1e12, low_open=False, unit="tok")
-        check_range("draft_probability", self.draft_probability, 0, 1, low_open=False, unit="")
-        check_range("drafter_scale", self.drafter_scale, 0, 1e6, low_open=True, unit="(ratio of parameter counts)")
-        check_range("verifier_scale", self.verifier_scale, 0, 1e6, low_open=True, unit="(ratio of parameter counts)")
-        if self.acceptance is None and not (isinstance(self.draft_length, (int, float)) and self.draft_length == 0):
-            raise InputError("draft_length > 0 needs an acceptance: ConstantAcceptance or PositionAcceptance, say")
-
-    def plain(self) -> "Configuration":
-        """The same server without speculation (draft_length 0)."""
-        return Configuration(
-            max_batch_size=self.max_batch_size,
-            kv_capacity_tokens=self.kv_capacity_tokens,
-            max_batched_tokens=self.max_batched_tokens,
-            verifier_scale=self.verifier_scale,
-        )
 
 
 class LoadSplit(eqx.Module):
@@ -386,15 +347,3 @@ class ServingModel(eqx.Module):
             steps_per_request=request.steps,
             decomposition=decomposition,
         )
-
-
-def batch_cap(workload: Workload, config: Configuration):
-    """Largest batch in service [req]: the smaller of max_batch_size and the KV cache over a request's mean tokens
-    (never below 1); None without caps."""
-    caps: list[Any] = []
-    if config.max_batch_size is not None:
-        caps.append(jnp.asarray(config.max_batch_size, dtype=float))
-    if config.kv_capacity_tokens is not None:
-        held = workload.prompt_length + 0.5 * workload.output_length
-        caps.append(jnp.maximum(config.kv_capacity_tokens / held, 1.0))
-    return None if not caps else caps[0] if len(caps) == 1 else jnp.minimum(caps[0], caps[1])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from diffspec.acceptance import ConstantAcceptance
 from diffspec.batch_state import BatchState
+from diffspec.configuration import Configuration
 from diffspec.drafters import (
     BlockDrafter,
     DraftCost,
@@ -25,7 +26,7 @@ from diffspec.drafters import (
 )
 from diffspec.parameters import get_parameters, parameter_infos, set_parameters
 from diffspec.results import InputError
-from diffspec.serving import Configuration, ServingModel
+from diffspec.serving import ServingModel
 from diffspec.step_time import AffineStepTime, RooflineStepTime, scaled
 from diffspec.workload import Workload
 

@@ -3,7 +3,8 @@
 import pytest
 
 from diffspec.acceptance import ConstantAcceptance
-from diffspec.serving import Configuration, ServingModel
+from diffspec.configuration import Configuration
+from diffspec.serving import ServingModel
 from diffspec.simulating import Engine, simulate
 from diffspec.step_time import DraftCost, RooflineStepTime
 from diffspec.workload import Workload

@@ -26,7 +26,7 @@ LAYERS = (
         *("batch_state", "drafters", "step_time", "staircase", "trees", "tree_search"),
         *("first_principles", "resources"),
     ),
-    ("steady_state", "waiting", "simulating"),
+    ("configuration", "steady_state", "waiting", "simulating"),
     ("serving", "traces", "datasets"),
     ("percentiles", "collecting", "fitting", "analysis", "optimizing"),
     ("report", "demo"),

@@ -16,10 +16,11 @@ from oracles import (
 from scipy.optimize import brentq
 
 from diffspec.acceptance import ConstantAcceptance
+from diffspec.configuration import Configuration
 from diffspec.experts import ExpertRouting
 from diffspec.parameters import get_parameters, parameter_infos, set_parameters
 from diffspec.results import RESULTS, outcome_name
-from diffspec.serving import STAGES, Configuration, ServingModel
+from diffspec.serving import STAGES, ServingModel
 from diffspec.step_time import AffineStepTime, DraftCost, ExpertCost, RooflineStepTime
 from diffspec.workload import Workload
 

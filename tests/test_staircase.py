@@ -7,10 +7,11 @@ import pytest
 
 from diffspec.acceptance import ConstantAcceptance
 from diffspec.batch_state import BatchState
+from diffspec.configuration import Configuration
 from diffspec.lengths import Lengths
 from diffspec.percentiles import predict_distribution
 from diffspec.results import InputError
-from diffspec.serving import Configuration, ServingModel
+from diffspec.serving import ServingModel
 from diffspec.simulating import Engine, simulate
 from diffspec.staircase import CAPTURE_SIZES, StaircaseStepTime
 from diffspec.step_time import DraftCost, RooflineStepTime

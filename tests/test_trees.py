@@ -12,9 +12,10 @@ from oracles import chain_pmf, geometric_tokens
 
 from diffspec.acceptance import ConstantAcceptance, PositionAcceptance
 from diffspec.batch_state import BatchState
+from diffspec.configuration import Configuration
 from diffspec.drafters import BlockDrafter, DraftModel
 from diffspec.results import InputError
-from diffspec.serving import Configuration, ServingModel
+from diffspec.serving import ServingModel
 from diffspec.step_time import AffineStepTime, RooflineStepTime, scaled
 from diffspec.tree_search import RegularTree, best_budget, best_tree
 from diffspec.trees import Tree, TreeAcceptance, TreeStepTime

@@ -7,10 +7,11 @@ import pytest
 from scipy import integrate, stats
 
 from diffspec.acceptance import ConstantAcceptance
+from diffspec.configuration import Configuration
 from diffspec.lengths import Lengths
 from diffspec.percentiles import predict_distribution, states_for
 from diffspec.results import InputError
-from diffspec.serving import Configuration, ServingModel
+from diffspec.serving import ServingModel
 from diffspec.simulating import Engine, simulate
 from diffspec.step_time import AffineStepTime, DraftCost, RooflineStepTime
 from diffspec.waiting import _correlated, blocking_probability, requests_in_system, waiting_factor

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffspec.configuration import Configuration, batch_cap
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.lengths import Lengths
 from diffspec.percentiles import PERCENTILES, predict_distribution, states_for
 from diffspec.results import outcome_name
-from diffspec.serving import MOST_STATES, STAGES, Comparison, Configuration, Prediction, ServingModel, batch_cap
+from diffspec.serving import MOST_STATES, STAGES, Comparison, Prediction, ServingModel
 from diffspec.workload import Workload
 
 METRICS = {

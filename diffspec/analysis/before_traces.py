@@ -14,6 +14,7 @@ import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance
 from diffspec.analysis.answers import FAST_COMPILE, finite, predict_answer
+from diffspec.configuration import Configuration
 from diffspec.first_principles import SPREAD, Efficiency, FirstPrinciples, draws
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.principles import KEY, prior_draws, transfer, unmeasured_deployment
@@ -21,7 +22,7 @@ from diffspec.hardware import Accelerator
 from diffspec.parameters import parameter_infos
 from diffspec.resources import BATCHED_TOKENS, MEMORY_SHARE, RESERVE_BYTES, energy_per_token, memory_plan
 from diffspec.results import RESULTS, InputError
-from diffspec.serving import Configuration, ServingModel
+from diffspec.serving import ServingModel
 from diffspec.step_time import BatchState
 from diffspec.workload import Workload
 

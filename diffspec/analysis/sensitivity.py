@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.analysis.answers import FAST_COMPILE, METRICS, finite
+from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.parameters import get_parameters, parameter_infos, set_parameters
 from diffspec.results import InputError, outcome_name
-from diffspec.serving import Configuration, ServingModel
+from diffspec.serving import ServingModel
 from diffspec.workload import Workload
 
 WORKLOAD_UNITS = {

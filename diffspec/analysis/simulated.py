@@ -9,9 +9,9 @@ import numpy as np
 
 from diffspec.acceptance import AbstractPositionwise
 from diffspec.analysis.answers import predict_answer
+from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.results import InputError
-from diffspec.serving import Configuration
 from diffspec.simulating import Engine, Simulation, simulate
 from diffspec.workload import Workload
 

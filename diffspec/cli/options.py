@@ -12,9 +12,9 @@ import typer
 
 if TYPE_CHECKING:
     from diffspec.acceptance import AbstractAcceptance
+    from diffspec.configuration import Configuration
     from diffspec.first_principles import FirstPrinciples
     from diffspec.fitting.deployment import FittedDeployment, FittedModel
-    from diffspec.serving import Configuration
     from diffspec.workload import Workload
 
 MOST_LOADS = 1000

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance, MeasuredAcceptance
+from diffspec.configuration import Configuration
 from diffspec.fitting.forms import FORMS, Scales, build_form
 from diffspec.parameters import get_parameters, parameter_infos, set_parameters
 from diffspec.results import InputError
-from diffspec.serving import Configuration, ServingModel
+from diffspec.serving import ServingModel
 
 SCHEMA = "diffspec-model"
 SCHEMA_VERSION = 1

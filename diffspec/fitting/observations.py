@@ -19,8 +19,9 @@ from diffspec.acceptance import (
     PositionAcceptance,
     acceptance_from_tokens_per_step,
 )
+from diffspec.configuration import Configuration, batch_cap
 from diffspec.results import InputError, TraceError
-from diffspec.serving import MOST_STATES, Configuration, batch_cap
+from diffspec.serving import MOST_STATES
 from diffspec.workload import Workload, batched
 
 NEVER_ENDING = 1e12

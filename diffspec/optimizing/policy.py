@@ -12,13 +12,14 @@ import numpy as np
 
 from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractAcceptance
 from diffspec.analysis.answers import FAST_COMPILE, METRICS, QUEUEING, finite
+from diffspec.configuration import Configuration, batch_cap
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.optimizing.flags import vllm_flags
 from diffspec.optimizing.limits import Limit, check_objective, parse_limit
 from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
 from diffspec.optimizing.schedule import LONGEST_SCHEDULE, batch_schedule, residence_under_schedule
 from diffspec.results import RESULTS, InputError
-from diffspec.serving import MOST_STATES, Configuration, ServingModel, batch_cap
+from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.workload import Workload, batched, check_range
 
 LOOPS = ("arrival_rate", "concurrency")

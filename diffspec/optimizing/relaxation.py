@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import optax
 
 from diffspec.analysis.answers import FAST_COMPILE, METRICS
+from diffspec.configuration import Configuration
 from diffspec.optimizing.limits import Limit, cost
-from diffspec.serving import Configuration, ServingModel
+from diffspec.serving import ServingModel
 from diffspec.workload import Workload
 
 ROUNDS, STEPS, WEIGHT = 4, 40, 10.0

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.analysis.answers import FAST_COMPILE
+from diffspec.configuration import Configuration
 from diffspec.optimizing.relaxation import at_draft_length
-from diffspec.serving import Configuration, ServingModel
+from diffspec.serving import ServingModel
 from diffspec.workload import Workload
 
 LONGEST_SCHEDULE = 1024

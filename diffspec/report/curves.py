@@ -11,9 +11,10 @@ import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance, KnownMoments
 from diffspec.analysis.answers import FAST_COMPILE
+from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.results import RESULTS
-from diffspec.serving import STAGES, Configuration, Prediction, ServingModel
+from diffspec.serving import STAGES, Prediction, ServingModel
 from diffspec.workload import Workload
 
 
