@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from diffspec.step_time import AbstractStepTime, AffineStepTime, ExpertCost, RooflineStepTime
     from diffspec.traces import Trace, check, read_trace
     from diffspec.tree_search import BestTree, RegularTree, best_budget, best_tree
-    from diffspec.trees import Tree, TreeAcceptance, TreeStepTime
+    from diffspec.trees import Tree, TreeAcceptance
     from diffspec.workload import Workload
 
 __all__ = [
@@ -105,7 +105,6 @@ __all__ = [
     "Transformer",
     "Tree",
     "TreeAcceptance",
-    "TreeStepTime",
     "WindowedDrafter",
     "Workload",
     "accelerator",
@@ -252,7 +251,6 @@ _HOMES = {
     "trees": (
         "Tree",
         "TreeAcceptance",
-        "TreeStepTime",
     ),
     "workload": ("Workload",),
 }

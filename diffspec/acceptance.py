@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from diffspec.acceptance_curves import draft_acceptance_rate_to_tokens_per_step
+from diffspec.acceptance_curves import draft_acceptance_rate_to_tokens_per_step, tokens_per_step_to_constant
 from diffspec.parameters import Scalar
 from diffspec.results import InputError
 from diffspec.workload import check_range
@@ -36,6 +36,10 @@ class AbstractAcceptance(eqx.Module):
     @abstractmethod
     def moments(self, draft_length: Scalar, draft_probability: Scalar = 1.0) -> tuple[Scalar, Scalar]:
         """First and second moment (m1, m2) of the tokens per step [tok, tok^2]."""
+
+    def drafted_tokens(self, draft_length: Scalar) -> Scalar:
+        """Tokens drafted and verified for a sequence in a step of ``draft_length`` positions [tok]; more in a tree."""
+        return draft_length
 
     def tokens_per_step(self, draft_length: Scalar) -> Float[Array, ""]:
         """E(k) = sum_{j=0..k} S_j [tok], the mean tokens emitted per step, bonus token included."""
@@ -210,14 +214,7 @@ def acceptance_from_tokens_per_step(tokens_per_step: float | int, draft_length: 
     """
     check_range("draft_length", draft_length, 0, MAX_DRAFT_LENGTH, low_open=True, unit="tok")
     check_range("tokens_per_step", tokens_per_step, 1, draft_length + 1, low_open=False, unit="tok")
-    low, high = 0.0, 1.0
-    for _ in range(60):  # bisection: E is strictly increasing in alpha
-        middle = 0.5 * (low + high)
-        whole = np.arange(1, int(draft_length) + 1)
-        fraction = draft_length - int(draft_length)
-        partial = 0.0 if fraction == 0 else middle ** (int(draft_length) + 1) * _partial_weight(middle, fraction)
-        low, high = (middle, high) if 1 + np.sum(middle**whole) + partial < tokens_per_step else (low, middle)
-    return ConstantAcceptance(0.5 * (low + high))
+    return ConstantAcceptance(tokens_per_step_to_constant(tokens_per_step, draft_length))
 
 
 def acceptance_from_draft_acceptance_rate(
@@ -231,12 +228,6 @@ def acceptance_from_draft_acceptance_rate(
     return acceptance_from_tokens_per_step(
         draft_acceptance_rate_to_tokens_per_step(draft_acceptance_rate, draft_length), draft_length
     )
-
-
-def _partial_weight(rate: float, fraction: float) -> float:
-    if rate in (0.0, 1.0):
-        return 1.0 if rate == 0.0 else fraction
-    return (1 - rate**fraction) / (1 - rate)
 
 
 StepsForm = Literal["renewal", "published"]

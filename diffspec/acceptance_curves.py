@@ -8,9 +8,8 @@
 | tokens_per_step | E = 1 + S_1 + ... + S_k | mean emitted per step, bonus token included [tok]          |
 | draft_acceptance_rate | (E - 1)/k      | accepted over drafted, as engines log it                      |
 
-The first three hold the same knowledge; the last two are means of it, and go back to a constant acceptance only (see
-:func:`diffspec.acceptance.acceptance_from_tokens_per_step`). How acceptance depends on load, temperature or position in
-the answer is left to data: measure a curve for each.
+The first three hold the same knowledge; the last two are means of it, and go back to a constant acceptance only. How
+acceptance depends on load, temperature or position in the answer is left to data: measure a curve for each.
 """
 
 import numpy as np
@@ -103,6 +102,24 @@ def draft_acceptance_rate_to_tokens_per_step(draft_acceptance_rate: float | int,
     2.2
     """
     return float(1.0 + draft_length * _fractions("draft_acceptance_rate", [draft_acceptance_rate])[0])
+
+
+def tokens_per_step_to_constant(tokens_per_step: float | int, draft_length: float | int) -> float:
+    """The constant rate alpha with 1 + alpha + ... + alpha^k = E [1], by bisection on [0, 1]; k = draft_length may lie
+    between whole positions, the last of which then counts (1 - alpha^fraction)/(1 - alpha).
+
+    >>> round(tokens_per_step_to_constant(1.75, 2), 6)
+    0.5
+    """
+    whole = int(draft_length)
+    fraction = draft_length - whole
+    low, high = 0.0, 1.0
+    for _ in range(50):  # more would round the rate to 1
+        rate = 0.5 * (low + high)
+        last = rate ** (whole + 1) * (1.0 - rate**fraction) / (1.0 - rate)
+        tokens = 1.0 + np.sum(rate ** np.arange(1, whole + 1)) + last
+        low, high = (rate, high) if tokens < tokens_per_step else (low, rate)
+    return 0.5 * (low + high)
 
 
 def _fractions(name: str, rates: ArrayLike) -> np.ndarray:

@@ -16,7 +16,7 @@ class Configuration(eqx.Module):
 
     * ``acceptance``: needed when draft_length > 0; ``draft_probability`` [1]: share of steps that draft
     * ``max_batch_size`` [req]: None for no cap; ``kv_capacity_tokens`` [tok]: caps the batch at
-      kv_capacity_tokens/(prompt_length + output_length/2), the mean tokens that a running request holds
+      kv_capacity_tokens/(prompt_length + output_length*(1 + output_scv)/2), the mean tokens of a running request
     * ``max_batched_tokens`` [tok]: token budget of one step; longer prompts are prefilled in chunks, each in a step
     * ``verifier_scale``, ``drafter_scale`` [1]: parameter counts relative to the fitted deployment
     """
@@ -57,6 +57,6 @@ def batch_cap(workload: Workload, config: Configuration):
     if config.max_batch_size is not None:
         caps.append(jnp.asarray(config.max_batch_size, dtype=float))
     if config.kv_capacity_tokens is not None:
-        held = workload.prompt_length + 0.5 * workload.output_length
+        held = workload.prompt_length + 0.5 * workload.output_length * (1.0 + workload.output_scv)
         caps.append(jnp.maximum(config.kv_capacity_tokens / held, 1.0))
     return None if not caps else caps[0] if len(caps) == 1 else jnp.minimum(caps[0], caps[1])

@@ -15,6 +15,7 @@ while the verifier verifies), :class:`RemoteDrafter` (other hardware). A drafter
 from abc import abstractmethod
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
 from diffspec.batch_state import BatchState, smooth_maximum
@@ -69,14 +70,7 @@ class DraftCost(AbstractDrafter):
 
     def scaled(self, ratio) -> "DraftCost":
         """Every cost times ``ratio``: draft time is about linear in drafter parameters within a model family."""
-        return DraftCost(
-            pass_base=self.pass_base * ratio,
-            pass_sequence=self.pass_sequence * ratio,
-            pass_kv=self.pass_kv * ratio,
-            block_base=self.block_base * ratio,
-            block_sequence=self.block_sequence * ratio,
-            prefill_token=self.prefill_token * ratio,
-        )
+        return jax.tree.map(lambda cost: cost * ratio, self)
 
 
 class DraftModel(AbstractDrafter):
@@ -113,13 +107,7 @@ class DraftModel(AbstractDrafter):
         return _where_drafting(state, self.prefill_token * state.prefill_tokens)
 
     def scaled(self, ratio) -> "DraftModel":
-        return DraftModel(
-            pass_overhead=self.pass_overhead * ratio,
-            weight_read=self.weight_read * ratio,
-            token_compute=self.token_compute * ratio,
-            kv_read=self.kv_read * ratio,
-            prefill_token=self.prefill_token * ratio,
-        )
+        return jax.tree.map(lambda cost: cost * ratio, self)
 
 
 class BlockDrafter(AbstractDrafter):
@@ -148,13 +136,7 @@ class BlockDrafter(AbstractDrafter):
         return _where_drafting(state, self.prefill_token * state.prefill_tokens)
 
     def scaled(self, ratio) -> "BlockDrafter":
-        return BlockDrafter(
-            overhead=self.overhead * ratio,
-            weight_read=self.weight_read * ratio,
-            token_compute=self.token_compute * ratio,
-            kv_read=self.kv_read * ratio,
-            prefill_token=self.prefill_token * ratio,
-        )
+        return jax.tree.map(lambda cost: cost * ratio, self)
 
 
 class NgramDrafter(AbstractDrafter):

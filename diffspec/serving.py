@@ -23,7 +23,7 @@ from diffspec.parameters import Scalar, parameter
 from diffspec.results import RESULTS
 from diffspec.steady_state import SteadyState, finite_run_factor, solve_closed_loop, solve_open_loop
 from diffspec.step_time import AbstractStepTime, BatchState, StepParts, scaled
-from diffspec.waiting import requests_in_system, wait_of_finite_run, waiting_factor
+from diffspec.waiting import queue_scv, requests_in_system, wait_of_finite_run, waiting_factor
 from diffspec.workload import Workload
 
 MOST_STATES = 1024
@@ -228,11 +228,12 @@ class ServingModel(eqx.Module):
         """Prefill, steps and step parts of one request of ``workload`` on ``config``."""
         step_time = scaled(self.step_time, verifier=config.verifier_scale, drafter=config.drafter_scale)
         length = jnp.asarray(config.draft_length, dtype=float)
-        drafted = length * config.draft_probability
+        passes = drafted = length * config.draft_probability
         if config.acceptance is None:
             m1 = m2 = jnp.ones_like(length)
         else:
             m1, m2 = config.acceptance.moments(length, config.draft_probability)
+            drafted = config.acceptance.drafted_tokens(length) * config.draft_probability
         prompt = jnp.asarray(workload.prompt_length, dtype=float)
         output = jnp.asarray(workload.output_length, dtype=float)
         context = prompt + 0.5 * output * (1.0 + workload.output_scv)  # long requests are in service for longer
@@ -243,7 +244,7 @@ class ServingModel(eqx.Module):
                     sequences=sequences,
                     query_tokens=sequences * (1.0 + drafted),
                     kv_tokens=sequences * context,
-                    draft_passes=drafted,
+                    draft_passes=passes,
                     draft_tokens=sequences * drafted,
                 )
             )
@@ -258,7 +259,7 @@ class ServingModel(eqx.Module):
         steps = steps_per_request(m1, m2, output, self.steps_form)
         variance = steps * (m2 - m1**2) / m1**2 + workload.output_scv * (output / m1) ** 2
         return RequestCost(
-            prefill=step_time(BatchState(prefill_tokens=prompt, draft_passes=drafted)).prefill,
+            prefill=step_time(BatchState(prefill_tokens=prompt, draft_passes=passes)).prefill,
             steps=steps,
             tokens_per_step=m1,
             spread=jnp.sqrt(variance + 1e-12),
@@ -289,8 +290,8 @@ class ServingModel(eqx.Module):
         residence = jax.vmap(lambda n: self._times(request, n)[0])(served)
         rate = jnp.where(known, state.throughput, 0.5 * places / residence[-1])
         chain = requests_in_system(residence, rate, places)
-        fixed = places * request.prefill * self.prefill_interference / residence[-1]
-        service_scv = (request.spread / jnp.maximum(request.steps, 1e-9)) ** 2 * jnp.maximum(1.0 - fixed, 0.0) ** 2
+        prompts = places * request.prefill * self.prefill_interference
+        service_scv = queue_scv((request.spread / jnp.maximum(request.steps, 1e-9)) ** 2, prompts / residence[-1])
         waiting = chain.waiting_time * waiting_factor(chain.load, places, service_scv, workload.arrival_scv)
         if workload.n_requests is not None:
             variability = workload.arrival_scv + service_scv

@@ -10,7 +10,7 @@
 
 At most one candidate of each parent is accepted, so the accepted path is unique and the depths' sums S_d are all that
 moments and step counts need: a tree predicts like a chain whose conditional rates are S_d/S_(d-1). It costs more: all
-its nodes are verified (:class:`TreeStepTime`). A chain is the tree of width 1.
+its nodes are drafted and verified. A chain is the tree of width 1.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractPositionwise, monotone_weights
-from diffspec.batch_state import BatchState, StepParts
 from diffspec.parameters import Scalar
 from diffspec.results import InputError
-from diffspec.step_time import AbstractStepTime
 
 MAX_NODES = 1024
 """Most drafted nodes of a tree [tok]."""
@@ -141,7 +139,7 @@ def check_probabilities(probabilities, tree: Tree | None = None):
 class TreeAcceptance(AbstractPositionwise):
     """Acceptance of a tree draft, for a ``Configuration`` whose draft_length is the tree's max_depth (at most 32).
 
-    A shorter draft_length cuts the tree at that depth. Pair it with :class:`TreeStepTime`, which charges for all nodes.
+    A shorter draft_length cuts the tree at that depth; a prediction charges for nodes*draft_length/max_depth tokens.
 
     >>> acceptance = TreeAcceptance(Tree.regular(2, 2), jnp.array([[0.6, 0.2]]))
     >>> [round(float(acceptance.tokens_per_step(depth)), 4) for depth in (0, 1, 2)]
@@ -165,35 +163,6 @@ class TreeAcceptance(AbstractPositionwise):
     def position_weights(self, draft_length: Scalar) -> Float[Array, "32"]:
         return monotone_weights(self.conditional_rates(draft_length), draft_length)
 
-
-class TreeStepTime(AbstractStepTime):
-    """``inner`` for tree drafts: a draft of d positions verifies and drafts nodes*d/max_depth tokens instead of d.
-
-    >>> from diffspec.step_time import AffineStepTime
-    >>> step = TreeStepTime(AffineStepTime(verify_base=0.01, verify_query=1e-3), Tree.regular(2, 2))
-    >>> round(float(step(BatchState(sequences=1.0, query_tokens=3.0, draft_passes=2.0)).total), 6)
-    0.017
-    """
-
-    inner: AbstractStepTime
-    tree: Tree = eqx.field(static=True)
-
-    @property
-    def scale_bounded(self) -> bool:  # type: ignore[override]
-        """That of ``inner``: tokens stay proportional to sequences."""
-        return self.inner.scale_bounded
-
-    def __call__(self, state: BatchState) -> StepParts:
-        return self.inner(
-            BatchState(
-                sequences=state.sequences,
-                query_tokens=state.sequences + (state.query_tokens - state.sequences) * self._nodes_per_pass(),
-                kv_tokens=state.kv_tokens,
-                prefill_tokens=state.prefill_tokens,
-                draft_passes=state.draft_passes,
-                draft_tokens=state.draft_tokens * self._nodes_per_pass(),
-            )
-        )
-
-    def _nodes_per_pass(self):
-        return self.tree.nodes / max(self.tree.max_depth, 1)
+    def drafted_tokens(self, draft_length: Scalar) -> Scalar:
+        """nodes*draft_length/max_depth [tok]."""
+        return draft_length * (self.tree.nodes / max(self.tree.max_depth, 1))

@@ -154,6 +154,12 @@ def waiting_factor(load: Scalar, places: Scalar, service_scv: Scalar, arrival_sc
     return factor * (arrival_scv + service_scv) / (1.0 + service_scv)
 
 
+def queue_scv(service_scv: Scalar, fixed_share: Scalar) -> Scalar:
+    """Squared coefficient of variation of the gaps between departures of a full batch: that of the service, of which a
+    share ``fixed_share`` is engine time that does not vary (prompts), (1 - fixed_share)^2*service_scv."""
+    return jnp.maximum(service_scv, 0.0) * (1.0 - jnp.clip(fixed_share, 0.0, 1.0)) ** 2
+
+
 def wait_of_finite_run(
     waiting: Scalar, n_requests: Scalar, places: Scalar, arrival_rate: Scalar, variability: Scalar
 ) -> Scalar:
@@ -221,10 +227,8 @@ def latency_distribution(
     variance = variance + by_acceptance * mean_pace**2 + by_prefill * steps
 
     # a queue forms behind full places; a prompt's own prefill is engine time that does not vary
-    full = pace.residence[-1]
-    fixed_share = jnp.clip(last * foreign / full, 0.0, 1.0)
     service_scv = (lengths.share @ (steps**2 + by_acceptance)) / mean_steps**2 - 1.0
-    service_scv = jnp.maximum(service_scv, 0.0) * (1.0 - fixed_share) ** 2
+    service_scv = queue_scv(service_scv, last * foreign / pace.residence[-1])
     load = jnp.minimum(chain.load, 1.0 - 1e-9)
     waiting = chain.waiting_time * waiting_factor(load, last, service_scv, arrival_scv)
     waits = jnp.clip(chain.waiting_probability, _SMALL, 1.0 - _SMALL)

@@ -14,7 +14,7 @@ from diffspec.results import InputError
 from diffspec.serving import ServingModel
 from diffspec.simulating import Engine, simulate
 from diffspec.staircase import CAPTURE_SIZES, StaircaseStepTime
-from diffspec.step_time import DraftCost, RooflineStepTime
+from diffspec.step_time import DraftCost, RooflineStepTime, scaled
 from diffspec.workload import Workload
 
 SMOOTH = RooflineStepTime(
@@ -75,6 +75,13 @@ def test_a_decision_is_scored_again_on_the_staircase():
         assert chain[name] == pytest.approx(judged[name], rel=0.03)
     assert 1.0 < chain["staircase"] / chain["smooth"] < 1.1
     assert 1.0 < judged["staircase"] / judged["smooth"] < 1.1
+
+
+def test_a_model_of_another_size_keeps_its_sizes():
+    bigger = scaled(COARSE, verifier=2.0, drafter=3.0)
+    assert bigger.capture_sizes == COARSE.capture_sizes
+    assert float(bigger.inner.weight_read) == pytest.approx(2 * 6e-3, rel=1e-14)
+    assert float(bigger.inner.draft.pass_base) == pytest.approx(3 * 5e-4, rel=1e-14)
 
 
 def test_sizes_that_do_not_increase():

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffspec.acceptance_curves import tokens_per_step_to_constant
 from diffspec.traces import Trace, check, read_trace, set_aside_reasons, template, validate
 from diffspec.traces.design import repeats
-from diffspec.traces.renewal import constant_acceptance, expected_steps, moments
+from diffspec.traces.renewal import expected_steps, moments
 
 PLAIN = dict(
     deployment="d",
@@ -192,7 +193,7 @@ def test_expected_steps_against_the_exact_recursion(output_length, acceptance):
 @given(alpha=st.floats(0.01, 0.99), draft_length=st.integers(1, 8))
 def test_constant_acceptance_inverts_the_mean(alpha, draft_length):
     mean = moments([alpha] * draft_length)[0]
-    assert constant_acceptance(mean, draft_length) == pytest.approx(alpha, abs=1e-9)
+    assert tokens_per_step_to_constant(mean, draft_length) == pytest.approx(alpha, abs=1e-9)
 
 
 def test_abstaining_drafters_take_more_steps():

@@ -226,6 +226,7 @@ def test_a_pair_that_does_not_fit_is_an_answer(answer):
     pair = replace(PAIR, hardware=accelerator("l4"), verifier=read_architecture(LLAMA_70B))
     told = predict_before_traces(pair, LOAD, 2, acceptance=ConstantAcceptance(0.7))
     assert told["outcome"] == "does_not_fit" and told["ttft"] is None and told["intervals"] is None
+    assert told["percentiles"] is None
     assert told["memory"]["missing_bytes"] > 120e9
     assert sorted(told) == sorted(answer)
 

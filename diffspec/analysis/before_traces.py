@@ -154,6 +154,7 @@ def _nothing(answer: dict[str, Any]) -> dict[str, Any]:
         | empty
         | {
             "decomposition": stages,
+            "percentiles": None,
             "plain": plain,
             "speedup_reason": reason,
             "breakeven_reason": reason,

@@ -247,10 +247,8 @@ def _merge(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _schedule_length(config: Configuration, workload: Workload) -> int:
-    caps = [] if config.max_batch_size is None else [float(config.max_batch_size)]
-    if config.kv_capacity_tokens is not None:
-        caps.append(float(config.kv_capacity_tokens / (workload.prompt_length + 0.5 * workload.output_length)))
-    return max(1, int(min([*caps, LONGEST_SCHEDULE])))
+    cap = batch_cap(workload, config)
+    return LONGEST_SCHEDULE if cap is None else max(1, int(min(float(cap), LONGEST_SCHEDULE)))
 
 
 def _queueing(table, loop: str, config: Configuration, workload: Workload) -> list[str]:

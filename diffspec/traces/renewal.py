@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..acceptance_curves import tokens_per_step_to_constant
+
 
 def moments(acceptance: Sequence[float]) -> tuple[float, float]:
     """First and second moment of the tokens emitted per step, from conditional acceptance a_1..a_k.
@@ -19,22 +21,6 @@ def moments(acceptance: Sequence[float]) -> tuple[float, float]:
     """
     survival = np.concatenate([[1.0], np.cumprod(np.asarray(acceptance, float))])
     return float(survival.sum()), float(((2 * np.arange(len(survival)) + 1) * survival).sum())
-
-
-def constant_acceptance(tokens_per_step: float | int, draft_length: int) -> float:
-    """The alpha with ``1 + alpha + ... + alpha**draft_length == tokens_per_step``, by bisection on [0, 1].
-
-    >>> round(constant_acceptance(1.75, 2), 6)
-    0.5
-    """
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        if moments([middle] * draft_length)[0] < tokens_per_step:
-            low = middle
-        else:
-            high = middle
-    return 0.5 * (low + high)
 
 
 def expected_steps(
@@ -54,7 +40,7 @@ def expected_steps(
     if acceptance is None:
         if math.isnan(tokens_per_step):
             return math.nan
-        acceptance = [constant_acceptance(tokens_per_step, draft_length)] * draft_length
+        acceptance = [tokens_per_step_to_constant(tokens_per_step, draft_length)] * draft_length
     first, second = moments(acceptance)
     mean = first if math.isnan(tokens_per_step) else tokens_per_step
     excess = second / first

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..acceptance_curves import conditional_to_tokens_per_step
 from ..results import InputError
 from .gather import Gathered, gather, refuse_others, set_identity
 from .problems import Problem, error_from
@@ -59,7 +60,7 @@ class Trace:
         for index in np.flatnonzero(silent):
             length = int(lengths[index])
             curves[index] = (rates + rates[-1:] * length)[:length]
-            steps[index] = 1.0 + np.cumprod(curves[index]).sum()
+            steps[index] = conditional_to_tokens_per_step(list(curves[index]))
         frame["position_acceptance"], frame["tokens_per_step"] = pd.Series(curves, dtype=object), steps
         text = f"acceptance of {int(silent.sum())} rows that told none taken from the curve"
         return replace(self, frame=frame, warnings=[*self.warnings, text] if silent.any() else self.warnings)

@@ -20,6 +20,7 @@ from itertools import accumulate
 from operator import mul
 from typing import Any
 
+from ...acceptance_curves import conditional_to_marginal
 from ..problems import Problem
 from ..source import Source
 
@@ -60,7 +61,7 @@ def from_conditional(conditional: Sequence[float], method: str | None = None, **
     >>> profile.marginal, profile.tokens_per_step
     ((0.5, 0.25), 1.75)
     """
-    marginal = tuple(accumulate(map(float, conditional), mul))
+    marginal = tuple(conditional_to_marginal(conditional).tolist())
     k = len(marginal)
     return SpeculationProfile(method, k, tuple(map(float, conditional)), marginal, 1 + sum(marginal), **rest)
 
