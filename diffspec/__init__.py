@@ -49,9 +49,10 @@ if TYPE_CHECKING:
     from diffspec.lengths import Lengths
     from diffspec.optimizing.policy import optimize
     from diffspec.percentiles import predict_distribution
+    from diffspec.prediction import Prediction
     from diffspec.resources import MemoryPlan, energy_per_token, memory_plan
     from diffspec.results import RESULTS, DiffspecError, InputError, NoResultError, TraceError
-    from diffspec.serving import Prediction, ServingModel
+    from diffspec.serving import ServingModel
     from diffspec.simulating import Engine, simulate
     from diffspec.staircase import StaircaseStepTime
     from diffspec.steady_state import SteadyState, solve_closed_loop, solve_open_loop
@@ -219,10 +220,8 @@ _HOMES = {
         "TraceError",
     ),
     "configuration": ("Configuration",),
-    "serving": (
-        "Prediction",
-        "ServingModel",
-    ),
+    "prediction": ("Prediction",),
+    "serving": ("ServingModel",),
     "simulating": ("Engine",),
     "simulating.simulation": ("simulate",),
     "staircase": ("StaircaseStepTime",),

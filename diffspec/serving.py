@@ -12,6 +12,8 @@ carries the rest. All times in s.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -19,9 +21,11 @@ import jax.numpy as jnp
 
 from diffspec.acceptance import StepsForm, steps_per_request
 from diffspec.configuration import Configuration, batch_cap
+from diffspec.finite_runs import finite_run, finite_run_factor
 from diffspec.parameters import Scalar, parameter
+from diffspec.prediction import Comparison, LoadSplit, Prediction
 from diffspec.results import RESULTS
-from diffspec.steady_state import SteadyState, finite_run_factor, solve_closed_loop, solve_open_loop
+from diffspec.steady_state import SteadyState, batch_with_residence, solve_closed_loop, solve_open_loop
 from diffspec.step_time import AbstractStepTime, BatchState, StepParts, scaled
 from diffspec.waiting import queue_scv, requests_in_system, wait_of_finite_run, waiting_factor
 from diffspec.workload import Workload
@@ -29,60 +33,15 @@ from diffspec.workload import Workload
 MOST_STATES = 1024
 """Largest batch cap for which waiting in open loops is computed."""
 
-STAGES = ("waiting", "prefill", "draft", "verify", "overhead")
-
-
-class LoadSplit(eqx.Module):
-    """A stage's share of e2e_latency [s]: alone on the server, and what the load adds."""
-
-    load_independent: Scalar
-    load_dependent: Scalar
-
-
-class Prediction(eqx.Module):
-    """Mean behaviour at one operating point. Times in s, rates in req/s, lengths in tok.
-
-    ``ttft``: first token - arrival, waiting included; ``itl``: gap between stream events (one a step); ``tpot``:
-    (e2e_latency - ttft)/(output_length - 1); ``decomposition``: stage -> :class:`LoadSplit`, summing to e2e_latency.
-    ``speedup``: e2e_latency without speculation over e2e_latency, NaN-free: meaningful where both arms are successful.
-    At ``saturated`` the latencies are those at 0.999 of capacity: lower bounds.
-    """
-
-    result: RESULTS
-    ttft: Scalar
-    itl: Scalar
-    tpot: Scalar
-    e2e_latency: Scalar
-    waiting_time: Scalar
-    throughput: Scalar
-    effective_batch_size: Scalar
-    batch_seen: Scalar
-    utilization: Scalar
-    capacity: Scalar
-    overload: Scalar
-    residual: Scalar
-    tokens_per_step: Scalar
-    steps_per_request: Scalar
-    decomposition: dict[str, LoadSplit]
-
-
-class Comparison(eqx.Module):
-    """A configuration beside the same server without speculation.
-
-    ``speedup`` [1] = e2e_latency of ``plain`` over that of ``speculative``; ``breakeven_rate`` [req/s]: the smallest
-    arrival rate at which both are equally fast, infinite where the order never changes.
-    """
-
-    speculative: Prediction
-    plain: Prediction
-    speedup: Scalar
-    breakeven_rate: Scalar
+ENDLESS = 1e9
+"""A run of so many requests [req] is taken for a steady state."""
 
 
 class RequestCost(eqx.Module):
     """What one request costs on a configuration, whatever the load: ``prefill`` [s], ``steps`` [step] and their
-    standard deviation ``spread``, ``tokens_per_step`` [tok], both ``moments``, ``step_parts(sequences)`` [s], and the
-    ``chunks(sequences)`` beyond the first in which its prompt is prefilled beside so many decoding ones."""
+    standard deviation ``spread``, ``tokens_per_step`` [tok], both ``moments``, ``step_parts(sequences)`` [s] (of
+    sequences that hold another ``context`` [tok]: step_parts(sequences, context)), and the ``chunks(sequences)`` beyond
+    the first in which its prompt is prefilled beside so many decoding ones."""
 
     prefill: Scalar
     steps: Scalar
@@ -99,7 +58,8 @@ class ServingModel(eqx.Module):
     Beside the step time it holds what a request costs outside decode steps. ``self_share`` = 1: a request sees the
     time-average batch plus itself; 0 reproduces the published forms, as ``steps_form="published"`` does for steps (set
     ``first_token_steps`` to 0 with it: a request that does not see itself makes that term break the scale bound).
-    ``waiting_states``: largest cap for which waiting in open loops is computed; 0 turns it off.
+    ``waiting_states``: largest cap for which waiting in open loops is computed; 0 turns it off. ``finite_runs``: how a
+    workload with n_requests is met; the trapezoid is a cheap first approximation (see :mod:`diffspec.finite_runs`).
 
     >>> from diffspec.step_time import AffineStepTime
     >>> model = ServingModel(AffineStepTime(verify_base=0.02, verify_query=0.001, prefill_token=1e-4))
@@ -125,12 +85,14 @@ class ServingModel(eqx.Module):
     self_share: float = eqx.field(static=True, default=1.0)
     steps_form: StepsForm = eqx.field(static=True, default="renewal")
     waiting_states: int = eqx.field(static=True, default=MOST_STATES)
+    finite_runs: Literal["fluid", "trapezoid"] = eqx.field(static=True, default="fluid")
 
     def predict(self, workload: Workload, config: Configuration) -> Prediction:
         """Steady state (or finite run, if workload.n_requests is given) of ``config`` under ``workload``.
 
         Open loop: B solves B = arrival_rate*residence(batch_seen(B)), batch_seen = max(self_share, B +
         self_share*arrival_scv), and requests wait where a batch cap fills; closed loop: B = min(concurrency, cap).
+        A finite run (:mod:`diffspec.finite_runs`) is always successful: a utilization above 1 tells its overload.
         Errors: never for saturation, which is a result with numbers; :class:`InputError` for ranges.
         """
         request = self.request_cost(workload, config)
@@ -144,10 +106,13 @@ class ServingModel(eqx.Module):
                 residence,
                 workload.arrival_rate,  # type: ignore[arg-type]
                 max_batch_size=cap,
-                batch_seen=self._batch_seen(workload),
+                batch_seen=lambda batch: self._batch_seen(workload, batch),
                 scale_bounded=self.step_time.scale_bounded,
             )
             sync, waiting = 0.0, self._waiting(workload, request, state, cap)
+            if workload.n_requests is not None and self.finite_runs == "fluid":
+                state, queued = self._finite_run(workload, request, state, cap)
+                waiting = jnp.hypot(waiting, queued)  # in overload fluctuations no longer count
         else:
             state = solve_closed_loop(residence, workload.concurrency, max_batch_size=cap)  # type: ignore[arg-type]
             in_flight = jnp.asarray(workload.concurrency, dtype=float)
@@ -236,9 +201,9 @@ class ServingModel(eqx.Module):
             drafted = config.acceptance.drafted_tokens(length) * config.draft_probability
         prompt = jnp.asarray(workload.prompt_length, dtype=float)
         output = jnp.asarray(workload.output_length, dtype=float)
-        context = prompt + 0.5 * output * (1.0 + workload.output_scv)  # long requests are in service for longer
+        held = prompt + 0.5 * output * (1.0 + workload.output_scv)  # long requests are in service for longer
 
-        def step_parts(sequences):
+        def step_parts(sequences, context=held):
             return step_time(
                 BatchState(
                     sequences=sequences,
@@ -272,13 +237,16 @@ class ServingModel(eqx.Module):
         """(residence, step parts, others, steps in the first token) for a request that sees n in service."""
         others = jnp.maximum(n - self.self_share, 0.0)
         parts = request.step_parts(n)
-        shared_steps = (self.first_token_steps + request.chunks(others)) * others / (1.0 + others)
+        shared_steps = self._shared_steps(request, others)
         residence = (
             self.request_overhead
             + request.prefill * (1.0 + self.prefill_interference * others)
             + (request.steps + shared_steps) * parts.total
         )
         return residence, parts, others, shared_steps
+
+    def _shared_steps(self, request: RequestCost, others):
+        return (self.first_token_steps + request.chunks(others)) * others / (1.0 + others)
 
     def _waiting(self, workload: Workload, request: RequestCost, state: SteadyState, cap):
         """Mean wait [s] for one of ``cap`` places in an open loop; see :mod:`diffspec.waiting`."""
@@ -298,13 +266,59 @@ class ServingModel(eqx.Module):
             waiting = wait_of_finite_run(waiting, workload.n_requests, places, rate, variability)
         return jnp.where(known, waiting, 0.0)
 
-    def _batch_seen(self, workload: Workload) -> Callable:
-        def seen(batch):
-            if workload.n_requests is not None:
-                batch = batch * finite_run_factor(batch / workload.n_requests)
-            return jnp.maximum(batch + self.self_share * workload.arrival_scv, self.self_share)
+    def _batch_seen(self, workload: Workload, batch):
+        if workload.n_requests is not None and self.finite_runs == "trapezoid":
+            batch = batch * finite_run_factor(batch / workload.n_requests)
+        return jnp.maximum(batch + self.self_share * workload.arrival_scv, self.self_share)
 
-        return seen
+    def _finite_run(self, workload: Workload, request: RequestCost, steady: SteadyState, cap):
+        """The state of a run of n_requests (throughput: n_requests over its duration; effective_batch_size: throughput
+        times time in service), and what its requests wait beyond random fluctuations [s]."""
+        most = jnp.asarray(jnp.inf if cap is None else cap, dtype=float)
+        n_requests = jnp.asarray(workload.n_requests, dtype=float)
+        own = self.request_overhead + request.prefill
+
+        def work(n, age):
+            seen = jnp.minimum(self._batch_seen(workload, n), most)
+            context = workload.prompt_length + workload.output_length * age
+            others = jnp.maximum(seen - self.self_share, 0.0)
+            return (request.steps + self._shared_steps(request, others)) * request.step_parts(seen, context).total
+
+        def residence(n):
+            return self._times(request, n)[0]
+
+        run = finite_run(
+            work,
+            prefill=request.prefill * self.prefill_interference,
+            arrival_rate=workload.arrival_rate,  # type: ignore[arg-type]
+            n_requests=n_requests,
+            output_scv=workload.output_scv,
+            max_batch_size=most,
+            steady_residence=steady.residence_time - own,
+            capacity=steady.capacity,
+        )
+        time = run.residence_time + own
+        endless = n_requests >= ENDLESS
+        most = jnp.minimum(jnp.maximum(n_requests, steady.batch_seen), most)
+        throughput = n_requests / run.duration
+        finite = SteadyState(
+            effective_batch_size=throughput * time,
+            batch_seen=batch_with_residence(residence, time, self.self_share, most),
+            residence_time=time,
+            throughput=throughput,
+            capacity=steady.capacity,
+            utilization=steady.utilization,
+            overload=jnp.zeros_like(time),
+            residual=steady.residual,
+            result=RESULTS.where(steady.result == RESULTS.saturated, RESULTS.successful, steady.result),
+        )
+        result = RESULTS.where(endless, steady.result, finite.result)
+        numbers = jax.tree.map(
+            lambda known, fluid: jnp.where(endless, known, fluid),
+            replace(steady, result=result),
+            replace(finite, result=result),
+        )
+        return replace(numbers, result=result), jnp.where(endless, 0.0, run.waiting_time)
 
     def _assemble(self, workload, request: RequestCost, state: SteadyState, sync, waiting) -> Prediction:
         residence, parts, others, shared_steps = self._times(request, state.batch_seen)

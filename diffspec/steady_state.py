@@ -154,18 +154,17 @@ def solve_closed_loop(residence: Callable, concurrency: Scalar, *, max_batch_siz
     )
 
 
-def finite_run_factor(share):
-    """Mean batch that requests of a finite open-loop run see, over the steady-state batch (fluid approximation).
+def batch_with_residence(residence: Callable, time: Scalar, low: Scalar, high: Scalar) -> Scalar:
+    """The batch in [low, high] in which a request is ``time`` [s] in service: the inverse of a growing ``residence``.
 
-    A run of n requests starts empty and drains; with x = arrival_rate*residence/n the trapezoid of requests in flight
-    gives 1 - x/3 for x <= 1 and (1 - 1/(3x))/x beyond: the seen batch never exceeds n, so a run always ends.
-
-    >>> float(finite_run_factor(0.3)), round(float(finite_run_factor(2.0)), 6)
-    (0.9, 0.416667)
+    >>> round(float(batch_with_residence(lambda n: 0.5 + 0.1 * n, 2.0, 1.0, 100.0)), 9)
+    15.0
     """
-    share = jnp.asarray(share, dtype=float)
-    long = jnp.maximum(share, 1.0)
-    return jnp.where(share <= 1.0, 1.0 - share / 3.0, (1.0 - 1.0 / (3.0 * long)) / long)
+    target = jax.lax.stop_gradient(jnp.asarray(time, dtype=float))
+    ends = [jnp.broadcast_to(jnp.asarray(end, dtype=target.dtype), target.shape) for end in (low, high)]
+    found = jax.lax.stop_gradient(_bracketed_newton(lambda n: 1.0 - residence(n) / target, *ends))
+    value, slope = jax.jvp(residence, (found,), (jnp.ones_like(found),))  # one more Newton step, with derivatives
+    return jnp.clip(found + (time - value) / jnp.maximum(jax.lax.stop_gradient(slope), 1e-30), *ends)
 
 
 def _bracketed_newton(function, low, high):

@@ -10,7 +10,7 @@ from fake_server import FakeServer, running
 from test_cli_main import TRACE, files_in, run, toy_deployment, toy_model
 
 from diffspec.fitting.deployment import FittedModel
-from diffspec.serving import STAGES
+from diffspec.prediction import STAGES
 
 LOAD = ("--arrival-rate", "3", "--prompt-length", "64", "--output-length", "64")
 SATURATING = ("--arrival-rate", "500", *LOAD[2:])

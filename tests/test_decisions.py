@@ -21,8 +21,8 @@ from diffspec.optimizing.limits import LIMITED, parse_limit
 from diffspec.optimizing.policy import optimize
 from diffspec.optimizing.schedule import residence_under_schedule
 from diffspec.parameters import get_parameters, set_parameters
+from diffspec.prediction import STAGES
 from diffspec.results import InputError
-from diffspec.serving import STAGES
 from diffspec.traces import read_trace
 from diffspec.workload import Workload
 

@@ -26,7 +26,7 @@ LAYERS = (
         *("batch_state", "drafters", "step_time", "staircase", "trees", "tree_search"),
         *("first_principles", "resources"),
     ),
-    ("configuration", "steady_state", "waiting", "simulating"),
+    ("configuration", "prediction", "steady_state", "finite_runs", "waiting", "simulating"),
     ("serving", "traces", "datasets"),
     ("percentiles", "collecting", "fitting", "analysis", "optimizing"),
     ("report", "demo"),

@@ -9,9 +9,9 @@ from oracles import fluid_batch_seen
 
 from diffspec.acceptance import ConstantAcceptance
 from diffspec.configuration import Configuration, batch_cap
+from diffspec.finite_runs import finite_run_factor
 from diffspec.results import InputError, outcome_name
 from diffspec.serving import ServingModel
-from diffspec.steady_state import finite_run_factor
 from diffspec.step_time import AffineStepTime
 from diffspec.workload import Workload, check_range
 

@@ -11,8 +11,9 @@ from diffspec.configuration import Configuration, batch_cap
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.lengths import Lengths
 from diffspec.percentiles import PERCENTILES, predict_distribution, states_for
+from diffspec.prediction import STAGES, Comparison, Prediction
 from diffspec.results import outcome_name
-from diffspec.serving import MOST_STATES, STAGES, Comparison, Prediction, ServingModel
+from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.workload import Workload
 
 METRICS = {

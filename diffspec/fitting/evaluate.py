@@ -3,15 +3,13 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-import equinox as eqx
-import jax
 import numpy as np
 
 from diffspec.fitting.deployment import FittedDeployment, FittedModel
-from diffspec.fitting.observations import NEVER_ENDING, PREDICTED, Block, observations, padded, waiting_states
+from diffspec.fitting.objective import predict_blocks
+from diffspec.fitting.observations import PREDICTED, is_endless, observations, padded, waiting_states
 from diffspec.results import InputError
 from diffspec.traces import Trace, set_aside_reasons
 
@@ -22,7 +20,8 @@ SPLIT_UTILIZATION = 0.5
 @dataclasses.dataclass(frozen=True)
 class Scored:
     """Measured and predicted values of one deployment's rows, in trace order: ``measured[name][row]`` (NaN where
-    missing), ``predicted[name][row]``, and per row whether the *steady state* saturates and its utilization."""
+    missing), ``predicted[name][row]``, and per row its utilization and whether it is ``saturated``: an open loop above
+    capacity whose number of requests is not known, so that nothing can be predicted."""
 
     frame: Any
     measured: dict[str, np.ndarray]
@@ -31,47 +30,31 @@ class Scored:
     utilization: np.ndarray
 
 
-@partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-def _predict(serving, blocks: tuple[Block, ...]):
-    return [jax.vmap(lambda w, c: serving.predict(w, c))(block.workload, block.config) for block in blocks]
-
-
 def predict_trace(deployment: FittedDeployment, frame) -> Scored:
     """Predict every row of one deployment's frame, each as the finite run it was."""
     data = observations(frame, deployment.acceptance)
     serving = dataclasses.replace(deployment.serving, waiting_states=waiting_states(data))
-    predictions = _predict(serving, tuple(_with_steady_twins(padded(block)) for block in data.blocks))
+    predictions = predict_blocks(serving, tuple(padded(block) for block in data.blocks))
     back = np.argsort(data.order)
 
-    def gather(field, twin):
-        halves = [
-            np.split(np.asarray(getattr(prediction, field)), 2)[twin][: len(block)]
-            for prediction, block in zip(predictions, data.blocks, strict=True)
+    def gather(field):
+        parts = zip(predictions, data.blocks, strict=True)
+        return np.concatenate([np.asarray(getattr(prediction, field))[: len(block)] for prediction, block in parts])[
+            back
         ]
-        return np.concatenate(halves)[back]
 
     measured = {name: value[back] for name, value in data.observed.items()}
-    utilization = gather("utilization", 1)
+    utilization = gather("utilization")
     ratios = deployment.quality.get("stand_in_ratios", {})
     return Scored(
         frame=frame,
         measured=measured,
         predicted={
-            name: gather(PREDICTED.get(name.split("_")[0], "throughput"), 0) * ratios.get(name, 1.0)
-            for name in measured
+            name: gather(PREDICTED.get(name.split("_")[0], "throughput")) * ratios.get(name, 1.0) for name in measured
         },
-        saturated=(utilization >= 1.0) & frame["arrival_rate"].notna().to_numpy(),
+        saturated=(utilization >= 1.0) & is_endless(data)[back],
         utilization=utilization,
     )
-
-
-def _with_steady_twins(block: Block) -> Block:
-    """The rows twice: as the finite runs they were, and as steady states, which alone can saturate."""
-    twice = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf]), block)
-    if not block.workload.is_open:
-        return twice
-    endless = np.concatenate([np.asarray(block.workload.n_requests), np.full(len(block), NEVER_ENDING)])
-    return eqx.tree_at(lambda b: b.workload.n_requests, twice, endless)
 
 
 def scored_columns(scored: Scored) -> dict[str, np.ndarray]:

@@ -14,10 +14,16 @@ from diffspec.fitting import principles
 from diffspec.fitting.deployment import FittedDeployment, FittedModel, used_versions
 from diffspec.fitting.evaluate import not_predicted, predict_trace, reason_kind, summarise
 from diffspec.fitting.forms import build_form, read_scales
-from diffspec.fitting.objective import build_objective, choose_targets
-from diffspec.fitting.observations import acceptance_curve, observations, require_rows, waiting_states
+from diffspec.fitting.objective import Objective, build_objective, choose_targets
+from diffspec.fitting.observations import (
+    acceptance_curve,
+    is_endless,
+    observations,
+    require_rows,
+    waiting_states,
+)
 from diffspec.fitting.select import candidate_forms, folds_of, held_out_error, simplest_good
-from diffspec.fitting.solve import LANES, minimise, random_starts
+from diffspec.fitting.solve import LANES, Solution, minimise, random_starts
 from diffspec.results import InputError
 from diffspec.serving import MOST_STATES
 from diffspec.traces import Trace, matches, set_aside_reasons
@@ -27,6 +33,8 @@ STEP_TIMES = ("auto", "affine", "roofline")
 LEAST_ROWS = 4
 POOR_FIT = 0.3
 """Mean error on fitted rows above which a fit is called poor."""
+MOST_SHIFTS, SHIFT_SETTLED = 4, 0.01
+"""How often a fit asks the fluid model of finite runs again, and the change [log units] at which it has settled."""
 OBSERVABLES = ("ttft", "itl", "tpot", "e2e", "throughput")
 
 Progress = Callable[[str, float], None]
@@ -131,10 +139,10 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, start, report
 
         form = build_form(form_name, scales, defaults.get("experts"))
         form = form if start is None else principles.started(form, start)
-        form = replace(form, template=replace(form.template, waiting_states=waiting_states(data, only_near=True)))
+        near = waiting_states(data, only_near=True)
+        form = replace(form, template=replace(form.template, waiting_states=near, finite_runs="trapezoid"))
         objective = build_objective(form, data, targets)
-        ones = np.ones((LANES, len(data)))
-        solution = minimise(objective, random_starts(objective.size), ones, progress=lambda s: part(0.8 * s))
+        objective, solution = _minimise_all(objective, data, progress=lambda s: part(0.8 * s))
         if not np.isfinite(solution.loss[solution.best]):
             raise InputError(
                 f"deployment {name!r}: no finite fit of {form_name} exists; check the rows with 'diffspec check'"
@@ -151,7 +159,7 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, start, report
         }
         noise = dict(zip(objective.columns, map(float, objective.noise(vector)), strict=True))
         serving = jax.tree.map(np.asarray, form.model(vector[: len(form.paths)]))
-        serving = replace(serving, waiting_states=MOST_STATES)
+        serving = replace(serving, waiting_states=MOST_STATES, finite_runs="fluid")
         solutions[form_name] = (serving, noise, objective.stand_in_ratios(vector))
     chosen = simplest_good({form: entry["held_out_error"] for form, entry in tried.items()})
     serving, noise, ratios = solutions[chosen]
@@ -182,6 +190,23 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, start, report
     if deployment.mixed_acceptance:
         deployment.warnings.append(deployment.mixed_acceptance)
     return deployment
+
+
+def _minimise_all(objective: Objective, data, progress) -> tuple[Objective, Solution]:
+    """The best fit to all rows. Finite runs are met by their closed form plus what the fluid model differed from it at
+    the solution before, until that settles."""
+    ones = np.ones((LANES, len(data)))
+    solution = minimise(objective, random_starts(objective.size), ones, progress=progress)
+    for _ in range(MOST_SHIFTS if np.any(data.is_open() & ~is_endless(data)) else 0):
+        if not np.isfinite(solution.loss[solution.best]):
+            break
+        following = objective.shifted(solution.vector[solution.best])
+        moved = float(np.max(np.abs(following.shift - objective.shift) * objective.used))
+        objective = following
+        solution = minimise(objective, solution.vector, ones)
+        if moved < SHIFT_SETTLED:
+            break
+    return objective, solution
 
 
 def _scales(frame, data, curve):

@@ -7,6 +7,8 @@ r = log(predicted) - log(measured) and a fitted scale sigma for each observable,
     loss = sum_rows [ (nu+1)/2 * log(1 + r^2/(nu*sigma^2)) + log(sigma) ] + sum z^2/2,   nu = 4 (Student t)
 """
 
+import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
@@ -16,6 +18,8 @@ import numpy as np
 
 from diffspec.fitting.forms import Form
 from diffspec.fitting.observations import PREDICTED, Block, Observations, padded
+from diffspec.prediction import Prediction
+from diffspec.serving import ServingModel
 
 DEGREES_OF_FREEDOM = 4.0
 NOISE_CENTRE, NOISE_SPREAD, NOISE_FLOOR = 0.03, 0.7, 0.003
@@ -70,6 +74,12 @@ def choose_targets(data: Observations, observables: tuple[str, ...] | None = Non
     return targets
 
 
+@partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+def predict_blocks(serving: ServingModel, blocks: tuple[Block, ...]) -> list[Prediction]:
+    """Predictions of all rows of each block, compiled in a hurry: for a few calls only."""
+    return [jax.vmap(lambda w, c: serving.predict(w, c))(block.workload, block.config) for block in blocks]
+
+
 def predict_rows(model, blocks: tuple[Block, ...]):
     """Predictions of all rows, block after block, by observable prefix: dict of arrays in block order."""
     parts = []
@@ -83,7 +93,8 @@ class Objective(eqx.Module):
     """(loss, residuals) of (vector, weights), over padded rows; ``real`` [rows] is 1 for rows of the trace.
 
     vector = standardised parameters, then per target a log noise scale and, for medians that stand in, a log bias.
-    ``weights`` [rows] in {0, 1} select rows: a hold-out needs no recompilation.
+    ``weights`` [rows] in {0, 1} select rows: a hold-out needs no recompilation. Finite runs are met by their closed
+    form and ``shift`` [targets, rows], log units: how far the fluid model was from it where :meth:`shifted` was asked.
     """
 
     form: Form
@@ -91,6 +102,7 @@ class Objective(eqx.Module):
     real: jax.Array
     log_values: jax.Array
     used: jax.Array
+    shift: jax.Array
     columns: tuple[str, ...] = eqx.field(static=True)
 
     @property
@@ -105,7 +117,19 @@ class Objective(eqx.Module):
         logs = jnp.stack([jnp.log(predicted[column.split("_")[0]]) for column in self.columns])
         bias = STAND_IN_SPREAD * vector[count + len(self.columns) :]
         stands_in = jnp.asarray([float(column.endswith("_p50")) for column in self.columns])
-        return jnp.where(self.used > 0, logs + (stands_in * bias)[:, None] - self.log_values, 0.0)
+        logs = logs + self.shift + (stands_in * bias)[:, None]
+        return jnp.where(self.used > 0, logs - self.log_values, 0.0)
+
+    def shifted(self, vector) -> "Objective":
+        """The objective with finite runs as the fluid model has them at ``vector``."""
+        model = self.form.model(jnp.asarray(vector)[: len(self.form.paths)])
+
+        def logs(how):
+            found = predict_blocks(dataclasses.replace(model, finite_runs=how), self.blocks)
+            fields = [PREDICTED.get(column.split("_")[0], "throughput") for column in self.columns]
+            return np.log([np.concatenate([getattr(block, field) for block in found]) for field in fields])
+
+        return dataclasses.replace(self, shift=jnp.asarray(logs("fluid") - logs("trapezoid")))
 
     def stand_in_ratios(self, vector) -> dict[str, float]:
         """Fitted ratio of each median that stands in for a mean, to the mean."""
@@ -143,5 +167,6 @@ def build_objective(form: Form, data: Observations, targets: list[Target]) -> Ob
         real=jnp.asarray(real.astype(float)),
         log_values=spread([t.log_value for t in targets]),
         used=spread([t.used for t in targets]),
+        shift=jnp.zeros((len(targets), len(real))),
         columns=tuple(t.column for t in targets),
     )

@@ -79,6 +79,13 @@ def waiting_states(data: Observations, *, only_near: bool = False) -> int:
     return 0 if not counts.any() else 2 ** int(np.ceil(np.log2(max(caps[counts].max(), 16.0))))
 
 
+def is_endless(data: Observations) -> np.ndarray:
+    """True, in block order, for open-loop rows that are no run of a known number of requests."""
+    never = [np.asarray(b.workload.n_requests) >= NEVER_ENDING if b.workload.is_open else None for b in data.blocks]
+    pairs = zip(never, data.blocks, strict=True)
+    return np.concatenate([np.zeros(len(block), dtype=bool) if rows is None else rows for rows, block in pairs])
+
+
 def padded(block: Block) -> Block:
     """The block lengthened to a power of two (at least 16) by repeating its last row, so that traces of many sizes
     share few compiled programs. The added rows are for shape only."""

@@ -13,8 +13,9 @@ from diffspec.acceptance import AbstractAcceptance, KnownMoments
 from diffspec.analysis.answers import FAST_COMPILE
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
+from diffspec.prediction import STAGES, Prediction
 from diffspec.results import RESULTS
-from diffspec.serving import STAGES, Prediction, ServingModel
+from diffspec.serving import ServingModel
 from diffspec.workload import Workload
 
 

@@ -28,7 +28,7 @@ jax.config.update("jax_enable_x64", True)
 import diffspec  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import baselines  # noqa: E402
 import shared_traces  # noqa: E402

@@ -8,6 +8,7 @@ FOLDER holds the data sets named in README.md. Writes results.json and the table
 import argparse
 import csv
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -33,12 +34,14 @@ from diffspec.resources import memory_plan  # noqa: E402
 from diffspec.step_time import BatchState  # noqa: E402
 from diffspec.workload import Workload, batched  # noqa: E402
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from shared_traces import APERTUS_KV_TOKENS, APERTUS_LENGTHS  # noqa: E402
+
 CONFIGS = json.loads((HERE / "configs.json").read_text(encoding="utf-8"))
 MARK = "<!-- results: written by run.py -->"
 FITTED = ("memory", "kv", "compute", "layer_overhead", "sequence_overhead", "sharpness")
-APERTUS_LENGTHS = {"chat": (630, 190), "summarization": (2742, 216), "opb": (563, 483)}  # as its provenance states
-APERTUS_KV_TOKENS = {"plain": 469_840, "eagle": 433_872}  # as vLLM reported them
 TRACE_COLUMNS = (
     *("deployment", "method", "draft_length", "concurrency", "prompt_length", "output_length"),
     *("ttft_mean", "tpot_mean"),

@@ -61,7 +61,7 @@ def from_conditional(conditional: Sequence[float], method: str | None = None, **
     >>> profile.marginal, profile.tokens_per_step
     ((0.5, 0.25), 1.75)
     """
-    marginal = tuple(conditional_to_marginal(conditional).tolist())
+    marginal = tuple(conditional_to_marginal(list(conditional)).tolist())
     k = len(marginal)
     return SpeculationProfile(method, k, tuple(map(float, conditional)), marginal, 1 + sum(marginal), **rest)
 

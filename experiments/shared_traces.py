@@ -52,6 +52,10 @@ def digitalocean_rows(shared: Path) -> list[dict]:
             seconds = {
                 f"{ours}_mean": float(line[f"mean_{theirs}_ms"]) / 1e3
                 for ours, theirs in (("ttft", "ttft"), ("itl", "itl"), ("tpot", "tpot"), ("e2e", "e2el"))
+            } | {
+                f"{ours}_p{percent}": float(line[f"p{percent}_{theirs}_ms"]) / 1e3
+                for ours, theirs in (("ttft", "ttft"), ("e2e", "e2el"))
+                for percent in (50, 95, 99)
             }
             rows.append(
                 {
