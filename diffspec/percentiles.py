@@ -1,15 +1,15 @@
-"""Waiting and percentiles of a serving deployment: :mod:`diffspec.waiting` over what a request costs on it."""
+"""Waiting and percentiles of a deployment: :mod:`diffspec.latency_distribution` over what a request costs on it."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from diffspec.configuration import Configuration, batch_cap
+from diffspec.latency_distribution import PERCENTILES, LatencyDistribution, Pace, latency_distribution
 from diffspec.lengths import Lengths
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
 from diffspec.steady_state import SATURATION_MARGIN
-from diffspec.waiting import PERCENTILES, LatencyDistribution, Pace, latency_distribution
 from diffspec.workload import Workload
 
 STATES = (64, 256, 1024, 2048)
@@ -55,7 +55,9 @@ def predict_distribution(
     served = jnp.minimum(number, cap)
     first = jnp.asarray(model.first_token_steps / 1.5, dtype=float)
     busy = jnp.minimum(served - 1.0, 1.0)
-    chunks = jax.vmap(request.chunks)(served - 1.0)
+    limit = model.effective_cap(workload, config, request)
+    held = cap if limit is None else limit  # the token budget decodes no more than that
+    chunks = jax.vmap(request.chunks)(jnp.minimum(served - 1.0, held))
     # one of the steps during which a place is held carries the prompt: that many fewer decode at a time
     shared = (first + chunks) * busy
     decoding = served * request.steps / jnp.maximum(request.steps + shared, 1e-9)
@@ -63,6 +65,11 @@ def predict_distribution(
     foreign = request.prefill * model.prefill_interference * (served - 1.0)
     residence = model.request_overhead + request.prefill + foreign + (request.steps + shared) * step
     m1, m2 = request.moments
+    capacity = served[-1] / residence[-1]
+    prompt_service = None
+    if request.budgeted:
+        prompt_service = jax.vmap(request.prompt_service)(jnp.minimum(served, held))
+        capacity = jnp.minimum(capacity, 1.0 / request.prompt_service(held))
     rate = jnp.asarray(workload.arrival_rate, dtype=float)
     return latency_distribution(
         Pace(
@@ -76,8 +83,9 @@ def predict_distribution(
             first_steps=first,
             chunk_steps=chunks,
             interference=jnp.asarray(model.prefill_interference, dtype=float),
+            prompt_service=prompt_service,
         ),
-        jnp.minimum(rate, (1.0 - SATURATION_MARGIN) * served[-1] / residence[-1]),
+        jnp.minimum(rate, (1.0 - SATURATION_MARGIN) * capacity),
         jnp.asarray(workload.output_length, dtype=float),
         lengths,
         cap=cap,

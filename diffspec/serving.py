@@ -25,9 +25,15 @@ from diffspec.finite_runs import finite_run, finite_run_factor
 from diffspec.parameters import Scalar, parameter
 from diffspec.prediction import Comparison, LoadSplit, Prediction
 from diffspec.results import RESULTS
-from diffspec.steady_state import SteadyState, batch_with_residence, solve_closed_loop, solve_open_loop
+from diffspec.steady_state import (
+    SteadyState,
+    batch_with_residence,
+    share_reaches_one,
+    solve_closed_loop,
+    solve_open_loop,
+)
 from diffspec.step_time import AbstractStepTime, BatchState, StepParts, scaled
-from diffspec.waiting import queue_scv, requests_in_system, wait_of_finite_run, waiting_factor
+from diffspec.waiting import prompt_wait, queue_scv, requests_in_system, wait_of_finite_run, waiting_factor
 from diffspec.workload import Workload
 
 MOST_STATES = 1024
@@ -40,8 +46,8 @@ ENDLESS = 1e9
 class RequestCost(eqx.Module):
     """What one request costs on a configuration, whatever the load: ``prefill`` [s], ``steps`` [step] and their
     standard deviation ``spread``, ``tokens_per_step`` [tok], both ``moments``, ``step_parts(sequences)`` [s] (of
-    sequences that hold another ``context`` [tok]: step_parts(sequences, context)), and the ``chunks(sequences)`` beyond
-    the first in which its prompt is prefilled beside so many decoding ones."""
+    sequences that hold another ``context`` [tok]: step_parts(sequences, context)), and ``prompt_steps(sequences)``
+    [step]: how many token budgets its prompt takes beside so many decoding ones, 0 without a budget."""
 
     prefill: Scalar
     steps: Scalar
@@ -49,7 +55,17 @@ class RequestCost(eqx.Module):
     spread: Scalar
     moments: tuple[Scalar, Scalar]
     step_parts: Callable = eqx.field(static=True)
-    chunks: Callable = eqx.field(static=True)
+    prompt_steps: Callable = eqx.field(static=True)
+    budgeted: bool = eqx.field(static=True)
+
+    def chunks(self, sequences):
+        """Steps [step] beyond the first that prefill the prompt of one request; the last one is hardly ever full."""
+        further = jnp.maximum(self.prompt_steps(sequences) - 1.0, 0.0)
+        return further + jnp.minimum(further, 0.5)
+
+    def prompt_service(self, sequences):
+        """Time [s] that a prompt takes of the engine's token budget beside so many decoding sequences."""
+        return self.prompt_steps(sequences) * self.step_parts(sequences).total + self.prefill
 
 
 class ServingModel(eqx.Module):
@@ -96,7 +112,7 @@ class ServingModel(eqx.Module):
         Errors: never for saturation, which is a result with numbers; :class:`InputError` for ranges.
         """
         request = self.request_cost(workload, config)
-        cap = batch_cap(workload, config)
+        cap = self.effective_cap(workload, config, request)
 
         def residence(n):
             return self._times(request, n)[0]
@@ -109,7 +125,9 @@ class ServingModel(eqx.Module):
                 batch_seen=lambda batch: self._batch_seen(workload, batch),
                 scale_bounded=self.step_time.scale_bounded,
             )
-            sync, waiting = 0.0, self._waiting(workload, request, state, cap)
+            sync, waiting = 0.0, self._waiting(workload, request, state, batch_cap(workload, config))
+            if request.budgeted:  # prompts queue for the token budget one after the other: M/D/1
+                waiting = waiting + prompt_wait(request.prompt_service(state.batch_seen), state.throughput)
             if workload.n_requests is not None and self.finite_runs == "fluid":
                 state, queued = self._finite_run(workload, request, state, cap)
                 waiting = jnp.hypot(waiting, queued)  # in overload fluctuations no longer count
@@ -214,23 +232,25 @@ class ServingModel(eqx.Module):
                 )
             )
 
-        def chunks(sequences):
+        prefilled = prompt * (1.0 - workload.prefix_hit_rate)
+
+        def prompt_steps(sequences):
             if config.max_batched_tokens is None:
                 return jnp.zeros_like(sequences)
             budget = jnp.asarray(config.max_batched_tokens, dtype=float)
-            left = jnp.maximum(budget - sequences * (1.0 + drafted), budget / 64.0)
-            return jnp.maximum(prompt / left - 1.0, 0.0)
+            return prefilled / jnp.maximum(budget - sequences * (1.0 + drafted), budget / 64.0)
 
         steps = steps_per_request(m1, m2, output, self.steps_form)
         variance = steps * (m2 - m1**2) / m1**2 + workload.output_scv * (output / m1) ** 2
         return RequestCost(
-            prefill=step_time(BatchState(prefill_tokens=prompt, draft_passes=passes)).prefill,
+            prefill=step_time(BatchState(prefill_tokens=prefilled, draft_passes=passes)).prefill,
             steps=steps,
             tokens_per_step=m1,
             spread=jnp.sqrt(variance + 1e-12),
             moments=(m1, m2),
             step_parts=step_parts,
-            chunks=chunks,
+            prompt_steps=prompt_steps,
+            budgeted=config.max_batched_tokens is not None,
         )
 
     def _times(self, request: RequestCost, n):
@@ -265,6 +285,21 @@ class ServingModel(eqx.Module):
             variability = workload.arrival_scv + service_scv
             waiting = wait_of_finite_run(waiting, workload.n_requests, places, rate, variability)
         return jnp.where(known, waiting, 0.0)
+
+    def effective_cap(self, workload: Workload, config: Configuration, request: RequestCost):
+        """Largest batch [req] in service, or None: by batch size and KV memory, and by the token budget, of which
+        decoding sequences leave too little for the prompts that keep the batch as large, d*prompt_service(d) =
+        residence(d)."""
+        cap = batch_cap(workload, config)
+        if not request.budgeted:
+            return cap
+
+        def share(d):
+            return d * request.prompt_service(d) / self._times(request, d)[0]
+
+        most = jnp.asarray(1e9 if cap is None else cap, dtype=float)
+        limit = share_reaches_one(share, most)
+        return jnp.minimum(most, limit)
 
     def _batch_seen(self, workload: Workload, batch):
         if workload.n_requests is not None and self.finite_runs == "trapezoid":

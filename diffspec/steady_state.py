@@ -167,6 +167,26 @@ def batch_with_residence(residence: Callable, time: Scalar, low: Scalar, high: S
     return jnp.clip(found + (time - value) / jnp.maximum(jax.lax.stop_gradient(slope), 1e-30), *ends)
 
 
+def share_reaches_one(share: Callable, most: Scalar) -> Scalar:
+    """The smallest batch in [0.1, most] in which the growing ``share(n)`` reaches 1; ``most`` where it never does.
+
+    >>> round(float(share_reaches_one(lambda n: 0.01 * n**2, 1e6)), 9)
+    10.0
+    """
+    top = jnp.log(jnp.asarray(most, dtype=float))
+
+    def halve(_, bracket):
+        low, high = bracket
+        middle = 0.5 * (low + high)
+        below = share(jnp.exp(middle)) < 1.0
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+    _, found = jax.lax.stop_gradient(jax.lax.fori_loop(0, 50, halve, (jnp.full_like(top, jnp.log(0.1)), top)))
+    value, slope = jax.jvp(lambda x: jnp.log(share(jnp.exp(x))), (found,), (jnp.ones_like(found),))
+    refined = found - value / jax.lax.stop_gradient(jnp.maximum(slope, 1e-30))  # a Newton step carries the derivatives
+    return jnp.exp(jnp.where(found < top, refined, top))
+
+
 def _bracketed_newton(function, low, high):
     """Root of a decreasing function on [low, high] (function(low) >= 0 >= function(high)), ITERATIONS steps.
 

@@ -36,6 +36,7 @@ class Workload(eqx.Module):
       [req] in a closed loop. Exactly one of the two.
     * ``arrival_scv``: squared coefficient of variation of the gaps between arrivals; 1 for Poisson, 0 for constant.
     * ``output_scv``: the same of output lengths; 0 when every request emits output_length tokens.
+    * ``prefix_hit_rate``: share of every prompt that the prefix cache answers, 0 to 1: it is read, not prefilled [1].
     * ``n_requests``: requests of a finite benchmark run that starts empty and drains [req]; None for a steady state.
 
     Errors: :class:`InputError` when both or neither load is given or a number is out of range.
@@ -51,6 +52,7 @@ class Workload(eqx.Module):
     arrival_scv: Scalar = 1.0
     output_scv: Scalar = 0.0
     n_requests: Scalar | None = None
+    prefix_hit_rate: Scalar = 0.0
 
     def __check_init__(self):
         if (self.arrival_rate is None) == (self.concurrency is None):
@@ -64,6 +66,7 @@ class Workload(eqx.Module):
         check_range("concurrency", self.concurrency, 1, 1e9, low_open=False, unit="req")
         check_range("arrival_scv", self.arrival_scv, 0, 1e6, low_open=False, unit="(squared coefficient of variation)")
         check_range("output_scv", self.output_scv, 0, 1e6, low_open=False, unit="(squared coefficient of variation)")
+        check_range("prefix_hit_rate", self.prefix_hit_rate, 0, 1, low_open=False, unit="(share of the prompt)")
         check_range("n_requests", self.n_requests, 1, 1e12, low_open=False, unit="req")
 
     @property

@@ -27,7 +27,7 @@ LAYERS = (
         *("first_principles", "resources"),
     ),
     ("configuration", "prediction", "steady_state", "finite_runs", "waiting", "simulating"),
-    ("serving", "traces", "datasets"),
+    ("serving", "latency_distribution", "traces", "datasets"),
     ("percentiles", "collecting", "fitting", "analysis", "optimizing"),
     ("report", "demo"),
     ("cli",),

@@ -143,14 +143,15 @@ def percentiles(
     serving: ServingModel, workload: Workload, config: Configuration, prediction: Prediction
 ) -> dict[str, Any] | None:
     """Percentiles [s] of ttft, tpot, itl and e2e in an open loop, ``{"ttft": {"p50": ...}, ...}``, and how likely a
-    request waits for a place; None in a closed loop, and where the chain would need more than its largest size.
+    request waits for a place; None in a closed loop, of a finite run, and where the chain would need more than its
+    largest size.
 
     The distribution is :func:`diffspec.percentiles.predict_distribution`'s for lognormal lengths with
     workload.output_scv; ttft and e2e are scaled to the means of ``prediction``, which is what was fitted.
     """
     cap, batch = batch_cap(workload, config), float(prediction.effective_batch_size)
     states = states_for(None if cap is None else float(cap), batch)
-    if not workload.is_open or batch > 0.9 * states:
+    if not workload.is_open or workload.n_requests is not None or batch > 0.9 * states:
         return None
     found = _distribution(serving, workload, config, Lengths.lognormal(float(workload.output_scv)), states)
     scale = {"ttft": prediction.ttft / found.ttft_mean, "e2e": prediction.e2e_latency / found.e2e_mean}

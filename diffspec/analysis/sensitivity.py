@@ -1,5 +1,6 @@
 """What moves a metric: exact elasticities d log(metric)/d log(input), through the equilibrium's implicit derivative."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ def _elasticities(metric: str, serving: ServingModel, workload: Workload, config
     def log_metric(log_parameters, log_fields):
         model = set_parameters(serving, {path: jnp.exp(value) for path, value in log_parameters.items()})
         fields = {name: jnp.exp(value) for name, value in log_fields.items()}
-        load = Workload(**{name: getattr(workload, name) for name in WORKLOAD_UNITS} | fields)
+        load = replace(workload, **fields)
         prediction = model.predict(load, config)
         return jnp.log(getattr(prediction, METRICS[metric])), prediction
 

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,6 @@ def simulate_answer(
     workload: Workload,
     config: Configuration,
     *,
-    max_batched_tokens: int | None = None,
     output_law: str = "fixed",
     n_requests: int = 2000,
     replications: int = 8,
@@ -40,7 +40,7 @@ def simulate_answer(
         raise InputError(f"output_law: got {output_law!r}; allowed: {', '.join(LAWS)}")
     if output_law == "lognormal" and not float(workload.output_scv) > 0:
         raise InputError("output_law lognormal needs an output_scv above 0")
-    engine = engine_of(deployment, config, max_batched_tokens)
+    engine = engine_of(deployment, workload, config)
     found = simulate(
         deployment.serving.step_time,
         workload,
@@ -52,7 +52,8 @@ def simulate_answer(
         finite=finite,
         progress=progress,
     )
-    model = predict_answer(deployment, workload, config)
+    run = replace(workload, n_requests=float(n_requests)) if finite and workload.is_open else workload
+    model = predict_answer(deployment, run, config)
     predicted = {
         metric: {"mean": model[name]} | ((model["percentiles"] or {}).get(metric) or {})
         for metric, name in (("ttft", "ttft"), ("tpot", "tpot"), ("e2e", "e2e_latency"), ("itl", "itl"))
@@ -71,8 +72,8 @@ def simulate_answer(
     return answer, found
 
 
-def engine_of(deployment: FittedDeployment, config: Configuration, max_batched_tokens: int | None) -> Engine:
-    """The simulated engine of a configuration; the token budget is the measured one unless given."""
+def engine_of(deployment: FittedDeployment, workload: Workload, config: Configuration) -> Engine:
+    """The simulated engine of a configuration; the token budget is the measured one unless it names one."""
     length = float(config.draft_length)
     if length != round(length):
         raise InputError(f"draft_length: got {length:g}; allowed: a whole number, an engine drafts whole tokens")
@@ -81,7 +82,8 @@ def engine_of(deployment: FittedDeployment, config: Configuration, max_batched_t
         if not isinstance(config.acceptance, AbstractPositionwise):
             raise InputError("simulate needs the acceptance of each draft position; allowed: a chain, not a tree")
         rates = tuple(float(rate) for rate in config.acceptance.conditional_rates(length)[: round(length)])
-    budget = deployment.defaults.get("max_batched_tokens") if max_batched_tokens is None else max_batched_tokens
+    budget = config.max_batched_tokens
+    budget = deployment.defaults.get("max_batched_tokens") if budget is None else budget
     return Engine(
         round(length),
         rates,
@@ -89,6 +91,7 @@ def engine_of(deployment: FittedDeployment, config: Configuration, max_batched_t
         max_batch_size=_whole(config.max_batch_size),
         kv_capacity_tokens=_whole(config.kv_capacity_tokens),
         max_batched_tokens=_whole(budget),
+        prefix_hit_rate=float(workload.prefix_hit_rate),
         request_overhead=float(deployment.serving.request_overhead),
     )
 

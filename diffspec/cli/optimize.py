@@ -48,6 +48,8 @@ def command(
             objective=objective,
             acceptance=acceptance,
             max_batch_size=asked.max_batch_size,
+            max_batched_tokens=asked.max_batched_tokens,
+            **asked.details(),
             drafter_params=asked.drafter_params,
             progress=progress,
         )

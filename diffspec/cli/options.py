@@ -111,6 +111,10 @@ class WorkloadOptions:
         float | None,
         _option("--output-scv", "C2", _LOAD, "Squared coefficient of variation of output lengths; 0: all alike."),
     ] = None
+    prefix_hit_rate: Annotated[
+        float | None,
+        _option("--prefix-hit-rate", "H", _LOAD, "Share of every prompt that the prefix cache answers, 0 to 1."),
+    ] = None
     acceptance_rate: Annotated[
         float | None,
         _option(
@@ -131,6 +135,12 @@ class WorkloadOptions:
     ] = None
     max_batch_size: Annotated[
         float | None, _option("--max-batch-size", "B", _SERVER, "Most requests in one step; default: as measured.")
+    ] = None
+    max_batched_tokens: Annotated[
+        float | None,
+        _option(
+            "--max-batched-tokens", "T", _SERVER, "Token budget of a step; longer prompts are split; default: none."
+        ),
     ] = None
     deployment: Annotated[
         str | None, _option("--deployment", "D", _SERVER, "Which deployment, where the model has several.")
@@ -162,8 +172,12 @@ class WorkloadOptions:
                 f"--{loop.replace('_', '-')}: got {len(loads)} loads; allowed: one number (optimize takes ranges)"
             )
         prompt, output, notes = self.lengths(deployment)
-        spread = {} if self.output_scv is None else {"output_scv": self.output_scv}
-        return Workload(prompt_length=prompt, output_length=output, **{loop: loads[0]}, **spread), notes
+        return Workload(prompt_length=prompt, output_length=output, **{loop: loads[0]}, **self.details()), notes
+
+    def details(self) -> dict[str, float]:
+        """Fields of the workload beside load and lengths, those that were given."""
+        fields = {name: getattr(self, name) for name in ("output_scv", "prefix_hit_rate")}
+        return {name: value for name, value in fields.items() if value is not None}
 
     def lengths(self, deployment: "FittedDeployment") -> tuple[float, float, list[str]]:
         """(prompt_length, output_length) as given, else the only measured ones, with notes that say so."""
@@ -222,6 +236,7 @@ class WorkloadOptions:
             draft_length,
             acceptance=self.acceptance_model(draft_length),
             max_batch_size=self.max_batch_size,
+            max_batched_tokens=self.max_batched_tokens,
             drafter_params=self.drafter_params,
         )
 

@@ -34,12 +34,6 @@ def command(
             help="Output lengths: fixed, geometric, or lognormal (with --output-scv).",
         ),
     ] = "fixed",
-    max_batched_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-batched-tokens", min=1, rich_help_panel=_SIMULATION, help="Token budget of a step; prompts split."
-        ),
-    ] = None,
     finite: Annotated[
         bool, typer.Option("--finite", rich_help_panel=_SIMULATION, help="A run that starts empty and drains.")
     ] = False,
@@ -65,7 +59,6 @@ def command(
             deployment,
             workload,
             asked.configuration(deployment, draft_length),
-            max_batched_tokens=max_batched_tokens,
             output_law=output_law,
             n_requests=requests,
             replications=replications,

@@ -68,9 +68,11 @@ class FittedDeployment:
         *,
         acceptance: AbstractAcceptance | None = None,
         max_batch_size=None,
+        max_batched_tokens=None,
         drafter_params: float | None = None,
     ) -> Configuration:
-        """Configuration of this deployment: its own acceptance, caps and drafter unless others are given.
+        """Configuration of this deployment: its own acceptance, caps and drafter unless others are given. A token
+        budget counts only where it is given: fits do not look at it.
 
         Errors: :class:`InputError` when speculation is asked of a deployment that knows no acceptance, or
         ``drafter_params`` of one whose drafter's size is unknown.
@@ -95,6 +97,7 @@ class FittedDeployment:
             acceptance=(acceptance or self.acceptance) if speculative else None,
             max_batch_size=self.defaults.get("max_batch_size") if max_batch_size is None else max_batch_size,
             kv_capacity_tokens=self.defaults.get("kv_capacity_tokens"),
+            max_batched_tokens=max_batched_tokens,
             draft_probability=self.defaults.get("draft_probability", 1.0),
             drafter_scale=scale,
         )

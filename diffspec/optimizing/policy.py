@@ -50,6 +50,9 @@ def optimize(
     objective: str = "e2e_mean",
     acceptance: AbstractAcceptance | None = None,
     max_batch_size: float | None = None,
+    max_batched_tokens: float | None = None,
+    output_scv: float = 0.0,
+    prefix_hit_rate: float = 0.0,
     drafter_params: float | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[str, Any]:
@@ -77,10 +80,16 @@ def optimize(
     _check(loads, loop, max_draft_length)
     check_range("prompt_length", float(prompt_length), 0, 1e8, low_open=True, unit="tok")
     check_range("output_length", float(output_length), 1, 1e8, low_open=False, unit="tok")
+    check_range("output_scv", float(output_scv), 0, 100, low_open=False, unit="(squared coefficient of variation)")
+    check_range("prefix_hit_rate", float(prefix_hit_rate), 0, 1, low_open=False, unit="(share of the prompt)")
     report = progress or (lambda what, share: None)
     serving = jax.tree.map(np.asarray, deployment.serving)
     config = deployment.configuration(
-        float(max_draft_length), acceptance=acceptance, max_batch_size=max_batch_size, drafter_params=drafter_params
+        float(max_draft_length),
+        acceptance=acceptance,
+        max_batch_size=max_batch_size,
+        max_batched_tokens=max_batched_tokens,
+        drafter_params=drafter_params,
     )
     config = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype=float), config)
     count = len(loads)
@@ -89,7 +98,8 @@ def optimize(
         prompt_length=np.full(count, float(prompt_length)),
         output_length=np.full(count, float(output_length)),
         arrival_scv=np.ones(count),
-        output_scv=np.zeros(count),
+        output_scv=np.full(count, float(output_scv)),
+        prefix_hit_rate=np.full(count, float(prefix_hit_rate)),
         **{loop: np.asarray(loads, dtype=float)},
     )
     report("every draft length", 0.1)
