@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ from diffspec.optimizing.schedule import residence_under_schedule
 from diffspec.parameters import get_parameters, set_parameters
 from diffspec.prediction import STAGES
 from diffspec.results import InputError
+from diffspec.staircase import StaircaseStepTime
 from diffspec.traces import read_trace
 from diffspec.workload import Workload
 
@@ -299,3 +302,37 @@ def test_limits_refuse_what_they_cannot_read(text, message):
 def test_optimize_refuses_bad_questions(deployment, options, message):
     with pytest.raises(InputError, match=message):
         optimize(deployment, **(LENGTHS | options))
+
+
+def test_choices_are_scored_on_the_staircase(deployment):
+    """Two sizes only: every step below 64 tokens costs as if it had 64; the latencies are those of that engine."""
+    asked = {"loads": [1.0, 3.0], "loop": "arrival_rate", "prompt_length": 64.0, "output_length": 64.0}
+    smooth = optimize(deployment, **asked, max_draft_length=4)
+    coarse = optimize(deployment, **asked, max_draft_length=4, capture_sizes=(64, 128))
+    step_time = StaircaseStepTime(deployment.serving.step_time, (64, 128))
+    padded = replace(deployment, serving=replace(deployment.serving, step_time=step_time))
+    config = padded.configuration(jnp.asarray(4.0))
+
+    @jax.jit
+    def latency(rate, k):
+        load = Workload(64.0, 64.0, arrival_rate=rate)
+        return padded.serving.predict(load, eqx.tree_at(lambda c: c.draft_length, config, k)).e2e_latency
+
+    for entry in coarse["table"]:
+        by_hand = [float(latency(entry["load"], float(k))) for k in range(5)]
+        assert entry["draft_length"] == int(np.argmin(by_hand))
+        assert entry["metrics"]["e2e_mean"] == pytest.approx(min(by_hand), rel=1e-9)
+    costs = [[entry["metrics"]["e2e_mean"] for entry in answer["table"]] for answer in (smooth, coarse)]
+    assert np.all(np.array(costs[1]) > np.array(costs[0]))
+    with pytest.raises(InputError, match="capture_sizes"):
+        optimize(deployment, **asked, capture_sizes=(8, 4))
+
+
+def test_prompts_that_are_cached_or_split_change_the_choice_of_nothing_else(deployment):
+    asked = {"loads": [1.0], "loop": "arrival_rate", "prompt_length": 512.0, "output_length": 64.0}
+    plain, cached, split, varied = (
+        optimize(deployment, **asked, max_draft_length=2, **extra)["table"][0]["metrics"]
+        for extra in ({}, {"prefix_hit_rate": 0.9}, {"max_batched_tokens": 128.0}, {"output_scv": 1.0})
+    )
+    assert cached["ttft_mean"] < plain["ttft_mean"] < split["ttft_mean"]
+    assert varied["e2e_mean"] != plain["e2e_mean"]

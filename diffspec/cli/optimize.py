@@ -4,7 +4,16 @@ from typing import Annotated
 
 import typer
 
-from diffspec.cli.options import AsJson, ModelPath, Out, PlotPath, WorkloadOptions, read_model, with_workload
+from diffspec.cli.options import (
+    AsJson,
+    ModelPath,
+    Out,
+    PlotPath,
+    WorkloadOptions,
+    parse_capture_sizes,
+    read_model,
+    with_workload,
+)
 from diffspec.cli.output import deliver, note, progress_bar
 from diffspec.cli.prepare import prepare_jax
 
@@ -18,6 +27,13 @@ def command(
         list[str] | None, typer.Option("--slo", metavar='"METRIC<X"', help="A limit in s or req/s; repeat for more.")
     ] = None,
     objective: Annotated[str, typer.Option(metavar="METRIC", help="What to make small.")] = "e2e_mean",
+    capture_sizes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="1,2,4,8",
+            help="Token counts that the engine pads a step to (CUDA graphs), to score choices on; 'vllm': its own.",
+        ),
+    ] = None,
     plot: PlotPath = None,
     as_json: AsJson = False,
     out: Out = None,
@@ -49,6 +65,7 @@ def command(
             acceptance=acceptance,
             max_batch_size=asked.max_batch_size,
             max_batched_tokens=asked.max_batched_tokens,
+            capture_sizes=parse_capture_sizes(capture_sizes),
             **asked.details(),
             drafter_params=asked.drafter_params,
             progress=progress,

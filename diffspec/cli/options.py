@@ -363,3 +363,22 @@ def read_model(path: Path) -> "FittedModel":
         return FittedModel.from_json(text, source=str(path))
     except InputError as error:
         raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
+
+
+def parse_capture_sizes(text: str | None) -> tuple[int, ...] | None:
+    """Token counts of ``--capture-sizes``: whole numbers joined by commas, or ``vllm`` for those of vLLM.
+
+    >>> parse_capture_sizes("1,2,4")
+    (1, 2, 4)
+    """
+    from diffspec.results import InputError
+    from diffspec.staircase import CAPTURE_SIZES
+
+    if text is None or text == "vllm":
+        return None if text is None else CAPTURE_SIZES
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"--capture-sizes: got {text!r}; allowed: whole numbers joined by commas, such as 1,2,4,8, or vllm"
+        ) from None

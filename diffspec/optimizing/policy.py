@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_length
 from diffspec.optimizing.schedule import LONGEST_SCHEDULE, batch_schedule, residence_under_schedule
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import MOST_STATES, ServingModel
+from diffspec.staircase import StaircaseStepTime
 from diffspec.workload import Workload, batched, check_range
 
 LOOPS = ("arrival_rate", "concurrency")
@@ -53,6 +55,7 @@ def optimize(
     max_batched_tokens: float | None = None,
     output_scv: float = 0.0,
     prefix_hit_rate: float = 0.0,
+    capture_sizes: Sequence[int] | None = None,
     drafter_params: float | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[str, Any]:
@@ -60,6 +63,8 @@ def optimize(
 
     * ``loads`` [req/s or req], increasing; ``loop``: ``arrival_rate`` (open) or ``concurrency`` (closed)
     * ``slo``: limits such as ``"ttft_mean<0.5"`` (s); ``objective``: a mean latency, or throughput
+    * ``capture_sizes`` [tok]: batches that the engine pads to (CUDA graphs); the smooth relaxation is then rounded,
+      checked and reported on that staircase (:class:`diffspec.staircase.StaircaseStepTime`)
     * k = 0 (no speculation) is a branch of its own, always compared, feasible or not like any other
 
     Returns plain data: ``outcome`` (``successful`` when some load has a feasible draft length, else ``infeasible`` or
@@ -83,7 +88,12 @@ def optimize(
     check_range("output_scv", float(output_scv), 0, 100, low_open=False, unit="(squared coefficient of variation)")
     check_range("prefix_hit_rate", float(prefix_hit_rate), 0, 1, low_open=False, unit="(share of the prompt)")
     report = progress or (lambda what, share: None)
-    serving = jax.tree.map(np.asarray, deployment.serving)
+    smooth = scored = deployment.serving
+    if capture_sizes is not None:
+        scored = replace(
+            smooth, step_time=StaircaseStepTime(inner=smooth.step_time, capture_sizes=tuple(capture_sizes))
+        )
+    smooth, serving = (jax.tree.map(np.asarray, model) for model in (smooth, scored))
     config = deployment.configuration(
         float(max_draft_length),
         acceptance=acceptance,
@@ -109,7 +119,7 @@ def optimize(
         saturated = saturated | (np.arange(max_draft_length + 1) == 0)
     report("relaxed draft length", 0.4)
     starts = jnp.asarray(np.unique([1.0, math.sqrt(max_draft_length), float(max_draft_length)]))
-    relaxed = np.asarray(relaxed_draft_lengths(objective, limits, max_draft_length, serving, workloads, config, starts))
+    relaxed = np.asarray(relaxed_draft_lengths(objective, limits, max_draft_length, smooth, workloads, config, starts))
     report("schedule over the batch", 0.8)
     table = [
         _choose(
