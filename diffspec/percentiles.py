@@ -48,16 +48,14 @@ def predict_distribution(
     if not workload.is_open:
         raise InputError("percentiles are those of an open loop: give arrival_rate instead of concurrency")
     workload = eqx.tree_at(lambda w: w.output_scv, workload, lengths.scv())
-    request = model.request_cost(workload, config)
+    request, limit = model.within_budget(workload, config)
     cap = batch_cap(workload, config)
     number = jnp.arange(1, states + 1, dtype=jnp.result_type(float))
     cap = jnp.asarray(float(states)) if cap is None else jnp.minimum(cap, float(states))
     served = jnp.minimum(number, cap)
     first = jnp.asarray(model.first_token_steps / 1.5, dtype=float)
     busy = jnp.minimum(served - 1.0, 1.0)
-    limit = model.effective_cap(workload, config, request)
-    held = cap if limit is None else limit  # the token budget decodes no more than that
-    chunks = jax.vmap(request.chunks)(jnp.minimum(served - 1.0, held))
+    chunks = jax.vmap(request.chunks)(served - 1.0)
     # one of the steps during which a place is held carries the prompt: that many fewer decode at a time
     shared = (first + chunks) * busy
     decoding = served * request.steps / jnp.maximum(request.steps + shared, 1e-9)
@@ -67,9 +65,9 @@ def predict_distribution(
     m1, m2 = request.moments
     capacity = served[-1] / residence[-1]
     prompt_service = None
-    if request.budgeted:
-        prompt_service = jax.vmap(request.prompt_service)(jnp.minimum(served, held))
-        capacity = jnp.minimum(capacity, 1.0 / request.prompt_service(held))
+    if limit is not None and config.max_batched_tokens is not None:
+        prompt_service = jax.vmap(request.prompt_service)(served)
+        capacity = jnp.minimum(capacity, 1.0 / request.prompt_service(limit))
     rate = jnp.asarray(workload.arrival_rate, dtype=float)
     return latency_distribution(
         Pace(

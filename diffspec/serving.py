@@ -56,7 +56,6 @@ class RequestCost(eqx.Module):
     moments: tuple[Scalar, Scalar]
     step_parts: Callable = eqx.field(static=True)
     prompt_steps: Callable = eqx.field(static=True)
-    budgeted: bool = eqx.field(static=True)
 
     def chunks(self, sequences):
         """Steps [step] beyond the first that prefill the prompt of one request; the last one is hardly ever full."""
@@ -111,8 +110,7 @@ class ServingModel(eqx.Module):
         A finite run (:mod:`diffspec.finite_runs`) is always successful: a utilization above 1 tells its overload.
         Errors: never for saturation, which is a result with numbers; :class:`InputError` for ranges.
         """
-        request = self.request_cost(workload, config)
-        cap = self.effective_cap(workload, config, request)
+        request, cap = self.within_budget(workload, config)
 
         def residence(n):
             return self._times(request, n)[0]
@@ -126,7 +124,7 @@ class ServingModel(eqx.Module):
                 scale_bounded=self.step_time.scale_bounded,
             )
             sync, waiting = 0.0, self._waiting(workload, request, state, batch_cap(workload, config))
-            if request.budgeted:  # prompts queue for the token budget one after the other: M/D/1
+            if config.max_batched_tokens is not None:  # prompts queue for the token budget one after the other: M/D/1
                 waiting = waiting + prompt_wait(request.prompt_service(state.batch_seen), state.throughput)
             if workload.n_requests is not None and self.finite_runs == "fluid":
                 state, queued = self._finite_run(workload, request, state, cap)
@@ -250,7 +248,6 @@ class ServingModel(eqx.Module):
             moments=(m1, m2),
             step_parts=step_parts,
             prompt_steps=prompt_steps,
-            budgeted=config.max_batched_tokens is not None,
         )
 
     def _times(self, request: RequestCost, n):
@@ -286,20 +283,19 @@ class ServingModel(eqx.Module):
             waiting = wait_of_finite_run(waiting, workload.n_requests, places, rate, variability)
         return jnp.where(known, waiting, 0.0)
 
-    def effective_cap(self, workload: Workload, config: Configuration, request: RequestCost):
-        """Largest batch [req] in service, or None: by batch size and KV memory, and by the token budget, of which
-        decoding sequences leave too little for the prompts that keep the batch as large, d*prompt_service(d) =
-        residence(d)."""
-        cap = batch_cap(workload, config)
-        if not request.budgeted:
-            return cap
+    def within_budget(self, workload: Workload, config: Configuration) -> tuple[RequestCost, Scalar | None]:
+        """The cost of a request, and the largest batch [req] in service or None: by batch size, KV memory, and the
+        token budget, of which decoding sequences leave too little for the prompts that keep the batch as large,
+        d*prompt_service(d) = residence(d). Prompts are never prefilled beside more than that."""
+        request, cap = self.request_cost(workload, config), batch_cap(workload, config)
+        if config.max_batched_tokens is None:
+            return request, cap
 
         def share(d):
             return d * request.prompt_service(d) / self._times(request, d)[0]
 
-        most = jnp.asarray(1e9 if cap is None else cap, dtype=float)
-        limit = share_reaches_one(share, most)
-        return jnp.minimum(most, limit)
+        most = share_reaches_one(share, jnp.asarray(1e9 if cap is None else cap, dtype=float))
+        return replace(request, prompt_steps=lambda n: request.prompt_steps(jnp.minimum(n, most))), most
 
     def _batch_seen(self, workload: Workload, batch):
         if workload.n_requests is not None and self.finite_runs == "trapezoid":

@@ -261,3 +261,12 @@ def test_prefix_hits_are_not_prefilled(hits):
     assert float(told.e2e_latency) == pytest.approx(found.mean("e2e").value, rel=0.02)
     assert float(told.ttft) == pytest.approx(found.mean("ttft").value, rel=0.2)
     assert float(told.ttft) < (1.1 - 0.8 * hits) * float(cold.ttft)
+
+
+def test_a_cap_far_above_the_batch_changes_nothing_under_a_budget():
+    load = Workload(300.0, 120.0, arrival_rate=15.0)
+    free, capped = (Configuration(max_batched_tokens=128.0, max_batch_size=cap) for cap in (None, 100.0))
+    told = [MODEL.predict(load, config) for config in (free, capped)]
+    assert float(told[1].e2e_latency) == pytest.approx(float(told[0].e2e_latency), rel=1e-3)
+    chain = [predict_distribution(MODEL, load, config, Lengths.fixed(), states=256) for config in (free, capped)]
+    assert jnp.allclose(chain[0].ttft, chain[1].ttft, rtol=1e-2)
