@@ -31,6 +31,8 @@ FILLING, DRAINING = 10, 6
 """Units of virtual time that are integrated while requests arrive, and after."""
 
 _OLDEST = 10.0
+_SHORTEST = 1e-9
+"""Work [s] of a request without steps, of a single token say: its prefill is beside it."""
 
 
 class FiniteRun(eqx.Module):
@@ -96,7 +98,7 @@ def finite_run(
         def step_of(n, age):
             """Duration, requests that arrive and are admitted, how many of the latter beyond half are there on average:
             the last to arrive do so early in their step."""
-            took = work(n, older * age) * dv
+            took = jnp.maximum(work(n, older * age), _SHORTEST) * dv
             offered = rate * took / (1.0 - jnp.minimum(rate * prefill, 0.95))
             places = jnp.maximum(max_batch_size - before + leaving + state.random * (1.0 - stay), 0.0)
             admitted = jnp.minimum(state.queue + jnp.minimum(offered, left), places)

@@ -125,10 +125,17 @@ class ServingModel(eqx.Module):
             )
             sync, waiting = 0.0, self._waiting(workload, request, state, batch_cap(workload, config))
             if config.max_batched_tokens is not None:  # prompts queue for the token budget one after the other: M/D/1
-                waiting = waiting + prompt_wait(request.prompt_service(state.batch_seen), state.throughput)
+                service = request.prompt_service(state.batch_seen)
+                queue = prompt_wait(service, state.throughput)
+                if workload.n_requests is not None:
+                    n, rate = (jnp.asarray(x, dtype=float) for x in (workload.n_requests, workload.arrival_rate))
+                    grown = 0.5 * jnp.maximum(n - 1.0, 0.0) * jnp.maximum(service - 1.0 / rate, 0.0)
+                    queue = jnp.minimum(queue, grown + wait_of_finite_run(queue, n, 1.0, rate, workload.arrival_scv))
+                waiting = waiting + queue
             if workload.n_requests is not None and self.finite_runs == "fluid":
                 state, queued = self._finite_run(workload, request, state, cap)
-                waiting = jnp.hypot(waiting, queued)  # in overload fluctuations no longer count
+                both = jnp.sqrt(waiting**2 + jnp.where(queued > 0, queued, 1.0) ** 2)
+                waiting = jnp.where(queued > 0, both, waiting)  # in overload fluctuations no longer count
         else:
             state = solve_closed_loop(residence, workload.concurrency, max_batch_size=cap)  # type: ignore[arg-type]
             in_flight = jnp.asarray(workload.concurrency, dtype=float)
@@ -164,13 +171,7 @@ class ServingModel(eqx.Module):
         """
 
         def arms(rate):
-            load = Workload(
-                prompt_length=workload.prompt_length,
-                output_length=workload.output_length,
-                arrival_rate=rate,
-                arrival_scv=workload.arrival_scv,
-                output_scv=workload.output_scv,
-            )
+            load = replace(workload, arrival_rate=rate, concurrency=None, n_requests=None)
             fast, slow = self._both_arms(load, config)
             return jnp.log(fast.e2e_latency / slow.e2e_latency), jnp.minimum(fast.capacity, slow.capacity)
 

@@ -182,7 +182,7 @@ def share_reaches_one(share: Callable, most: Scalar) -> Scalar:
         return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
     _, found = jax.lax.stop_gradient(jax.lax.fori_loop(0, 50, halve, (jnp.full_like(top, jnp.log(0.1)), top)))
-    value, slope = jax.jvp(lambda x: jnp.log(share(jnp.exp(x))), (found,), (jnp.ones_like(found),))
+    value, slope = jax.jvp(lambda x: jnp.log(share(jnp.exp(x)) + 1e-30), (found,), (jnp.ones_like(found),))
     refined = found - value / jax.lax.stop_gradient(jnp.maximum(slope, 1e-30))  # a Newton step carries the derivatives
     return jnp.exp(jnp.where(found < top, refined, top))
 

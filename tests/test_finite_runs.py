@@ -83,6 +83,21 @@ def test_a_run_has_derivatives(rate, n):
     assert slope == pytest.approx(difference, rel=1e-3, abs=1e-6) and slope >= 0
 
 
+@pytest.mark.parametrize("output", [1.0, 2.0])
+def test_runs_of_single_tokens_have_numbers(output):
+    model = ServingModel(SLOW, first_token_steps=1.5, waiting_states=0)
+
+    @jax.jit
+    @jax.vmap
+    def latency(rate, n, hits):
+        load = Workload(300.0, output, arrival_rate=rate, n_requests=n, prefix_hit_rate=hits)
+        return model.predict(load, Configuration(max_batch_size=16.0)).e2e_latency
+
+    grid = jnp.stack(jnp.meshgrid(jnp.array([1e-6, 1.0, 1e4]), jnp.array([1.0, 2.0, 300.0]), jnp.array([0.0, 0.5])))
+    values = latency(*grid.reshape(3, -1))
+    assert jnp.all(jnp.isfinite(values) & (values > 0))
+
+
 def test_an_endless_run_is_the_steady_state():
     model = ServingModel(SLOW, first_token_steps=1.5)
     for rate in (0.1, 1.0, 3.0):

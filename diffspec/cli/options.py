@@ -139,7 +139,10 @@ class WorkloadOptions:
     max_batched_tokens: Annotated[
         float | None,
         _option(
-            "--max-batched-tokens", "T", _SERVER, "Token budget of a step; longer prompts are split; default: none."
+            "--max-batched-tokens",
+            "T",
+            _SERVER,
+            "Token budget of a step, splits prompts; simulate: default as measured.",
         ),
     ] = None
     deployment: Annotated[

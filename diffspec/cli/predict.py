@@ -83,7 +83,10 @@ def _measured(asked, draft_length, model, hardware, tensor_parallel) -> tuple[di
         return predict_answer(deployment, workload, asked.configuration(deployment, draft_length)), notes
     from diffspec.analysis.before_traces import predict_transferred
     from diffspec.hardware import accelerator
+    from diffspec.results import InputError
 
+    if asked.max_batched_tokens is not None:
+        raise InputError("--max-batched-tokens: allowed on the hardware of the fit, without --hardware")
     answer = predict_transferred(
         deployment,
         workload,
@@ -104,7 +107,11 @@ def _unmeasured(
     from diffspec.resources import memory_plan
     from diffspec.results import InputError
 
-    for name, given in (("--deployment", asked.deployment), ("--drafter-params", asked.drafter_params)):
+    for name, given in (
+        ("--deployment", asked.deployment),
+        ("--drafter-params", asked.drafter_params),
+        ("--max-batched-tokens", asked.max_batched_tokens),
+    ):
         if given is not None:
             raise InputError(f"{name} goes with a fitted model, not with --verifier")
     for name, given in (("--prompt-length", asked.prompt_length), ("--output-length", asked.output_length)):

@@ -26,6 +26,7 @@ from diffspec.workload import Workload, batched, check_range
 
 LOOPS = ("arrival_rate", "concurrency")
 OPTIMALITY_TOLERANCE = 1e-9
+UNBUDGETED = "the schedule over the batch, unlike the policy, knows no token budget"
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
@@ -166,7 +167,12 @@ def optimize(
         "optimality_gap": max(gaps) if gaps else None,
         "infeasible": None if feasible else table[0]["violations"],
         "warnings": _caveats(deployment, loads, loop, prompt_length, output_length, max_draft_length, acceptance)
-        + _queueing(table, loop, config, one),
+        + _queueing(table, loop, config, one)
+        + (
+            []
+            if max_batched_tokens is None
+            else ["the schedule over the batch, unlike the policy, knows no token budget"]
+        ),
     }
 
 
