@@ -31,6 +31,7 @@ FILLING, DRAINING = 10, 6
 """Units of virtual time that are integrated while requests arrive, and after."""
 
 _OLDEST = 10.0
+"""Largest mean age [1]: while the last few exponential requests drain, it grows by one a unit."""
 _SHORTEST = 1e-9
 """Work [s] of a request without steps, of a single token say: its prefill is beside it."""
 

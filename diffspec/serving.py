@@ -124,14 +124,8 @@ class ServingModel(eqx.Module):
                 scale_bounded=self.step_time.scale_bounded,
             )
             sync, waiting = 0.0, self._waiting(workload, request, state, batch_cap(workload, config))
-            if config.max_batched_tokens is not None:  # prompts queue for the token budget one after the other: M/D/1
-                service = request.prompt_service(state.batch_seen)
-                queue = prompt_wait(service, state.throughput)
-                if workload.n_requests is not None:
-                    n, rate = (jnp.asarray(x, dtype=float) for x in (workload.n_requests, workload.arrival_rate))
-                    grown = 0.5 * jnp.maximum(n - 1.0, 0.0) * jnp.maximum(service - 1.0 / rate, 0.0)
-                    queue = jnp.minimum(queue, grown + wait_of_finite_run(queue, n, 1.0, rate, workload.arrival_scv))
-                waiting = waiting + queue
+            if config.max_batched_tokens is not None:
+                waiting = waiting + self._prompt_wait(workload, request, state)
             if workload.n_requests is not None and self.finite_runs == "fluid":
                 state, queued = self._finite_run(workload, request, state, cap)
                 both = jnp.sqrt(waiting**2 + jnp.where(queued > 0, queued, 1.0) ** 2)
@@ -284,6 +278,16 @@ class ServingModel(eqx.Module):
             waiting = wait_of_finite_run(waiting, workload.n_requests, places, rate, variability)
         return jnp.where(known, waiting, 0.0)
 
+    def _prompt_wait(self, workload: Workload, request: RequestCost, state: SteadyState):
+        """Mean wait [s] of a prompt for the token budget; that of a finite run is no longer than its queue can grow."""
+        service = request.prompt_service(state.batch_seen)
+        wait = prompt_wait(service, state.throughput)
+        if workload.n_requests is None:
+            return wait
+        n, rate = (jnp.asarray(x, dtype=float) for x in (workload.n_requests, workload.arrival_rate))
+        grown = 0.5 * jnp.maximum(n - 1.0, 0.0) * jnp.maximum(service - 1.0 / rate, 0.0)
+        return jnp.minimum(wait, grown + wait_of_finite_run(wait, n, 1.0, rate, workload.arrival_scv))
+
     def within_budget(self, workload: Workload, config: Configuration) -> tuple[RequestCost, Scalar | None]:
         """The cost of a request, and the largest batch [req] in service or None: by batch size, KV memory, and the
         token budget, of which decoding sequences leave too little for the prompts that keep the batch as large,
@@ -330,27 +334,21 @@ class ServingModel(eqx.Module):
             capacity=steady.capacity,
         )
         time = run.residence_time + own
-        endless = n_requests >= ENDLESS
         most = jnp.minimum(jnp.maximum(n_requests, steady.batch_seen), most)
         throughput = n_requests / run.duration
-        finite = SteadyState(
+        finite = replace(
+            steady,
             effective_batch_size=throughput * time,
             batch_seen=batch_with_residence(residence, time, self.self_share, most),
             residence_time=time,
             throughput=throughput,
-            capacity=steady.capacity,
-            utilization=steady.utilization,
             overload=jnp.zeros_like(time),
-            residual=steady.residual,
-            result=RESULTS.where(steady.result == RESULTS.saturated, RESULTS.successful, steady.result),
         )
-        result = RESULTS.where(endless, steady.result, finite.result)
-        numbers = jax.tree.map(
-            lambda known, fluid: jnp.where(endless, known, fluid),
-            replace(steady, result=result),
-            replace(finite, result=result),
-        )
-        return replace(numbers, result=result), jnp.where(endless, 0.0, run.waiting_time)
+        endless = n_requests >= ENDLESS
+        state = jax.tree.map(lambda known, fluid: jnp.where(endless, known, fluid), steady, finite)
+        ends = ~endless & (steady.result == RESULTS.saturated)
+        state = replace(state, result=RESULTS.where(ends, RESULTS.successful, steady.result))
+        return state, jnp.where(endless, 0.0, run.waiting_time)
 
     def _assemble(self, workload, request: RequestCost, state: SteadyState, sync, waiting) -> Prediction:
         residence, parts, others, shared_steps = self._times(request, state.batch_seen)

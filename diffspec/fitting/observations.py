@@ -21,7 +21,7 @@ from diffspec.acceptance import (
 )
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.results import InputError, TraceError
-from diffspec.serving import MOST_STATES
+from diffspec.serving import ENDLESS, MOST_STATES
 from diffspec.workload import Workload, batched
 
 NEVER_ENDING = 1e12
@@ -81,7 +81,7 @@ def waiting_states(data: Observations, *, only_near: bool = False) -> int:
 
 def is_endless(data: Observations) -> np.ndarray:
     """True, in block order, for open-loop rows that are no run of a known number of requests."""
-    never = [np.asarray(b.workload.n_requests) >= NEVER_ENDING if b.workload.is_open else None for b in data.blocks]
+    never = [np.asarray(b.workload.n_requests) >= ENDLESS if b.workload.is_open else None for b in data.blocks]
     pairs = zip(never, data.blocks, strict=True)
     return np.concatenate([np.zeros(len(block), dtype=bool) if rows is None else rows for rows, block in pairs])
 

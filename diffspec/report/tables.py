@@ -300,8 +300,9 @@ def _violations(entry: Mapping[str, Any]) -> Iterator[RenderableType]:
 def sensitivities(answer: Mapping[str, Any], most: int = 20) -> Iterator[RenderableType]:
     """What `diffspec sensitivity` says: elasticities, largest first."""
     rows = [
-        (row["name"], row["kind"], quantity(row["value"], row["unit"]), f"{row['elasticity'] or 0.0:+.3f}")
+        (row["name"], row["kind"], quantity(row["value"], row["unit"]), "none" if slope is None else f"{slope:+.3f}")
         for row in answer["elasticities"][:most]
+        for slope in [row["elasticity"]]
     ]
     title = f"{answer['metric']} = {metric_value(answer['metric'], answer['value'])} ({answer['outcome']})"
     yield table(title, ("name", "kind", "now", "elasticity"), rows, left=2)
