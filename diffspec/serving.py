@@ -124,12 +124,12 @@ class ServingModel(eqx.Module):
                 scale_bounded=self.step_time.scale_bounded,
             )
             sync, waiting = 0.0, self._waiting(workload, request, state, batch_cap(workload, config))
-            if config.max_batched_tokens is not None:
-                waiting = waiting + self._prompt_wait(workload, request, state)
             if workload.n_requests is not None and self.finite_runs == "fluid":
                 state, queued = self._finite_run(workload, request, state, cap)
                 both = jnp.sqrt(waiting**2 + jnp.where(queued > 0, queued, 1.0) ** 2)
                 waiting = jnp.where(queued > 0, both, waiting)  # in overload fluctuations no longer count
+            if config.max_batched_tokens is not None:
+                waiting = waiting + self._prompt_wait(workload, request, state)
         else:
             state = solve_closed_loop(residence, workload.concurrency, max_batch_size=cap)  # type: ignore[arg-type]
             in_flight = jnp.asarray(workload.concurrency, dtype=float)
@@ -279,14 +279,14 @@ class ServingModel(eqx.Module):
         return jnp.where(known, waiting, 0.0)
 
     def _prompt_wait(self, workload: Workload, request: RequestCost, state: SteadyState):
-        """Mean wait [s] of a prompt for the token budget; that of a finite run is no longer than its queue can grow."""
+        """Mean wait [s] of a prompt for the token budget; in a finite run no longer than random arrivals make it (what
+        overload adds is the wait at the cap that the budget sets)."""
         service = request.prompt_service(state.batch_seen)
         wait = prompt_wait(service, state.throughput)
         if workload.n_requests is None:
             return wait
-        n, rate = (jnp.asarray(x, dtype=float) for x in (workload.n_requests, workload.arrival_rate))
-        grown = 0.5 * jnp.maximum(n - 1.0, 0.0) * jnp.maximum(service - 1.0 / rate, 0.0)
-        return jnp.minimum(wait, grown + wait_of_finite_run(wait, n, 1.0, rate, workload.arrival_scv))
+        rate = jnp.asarray(workload.arrival_rate, dtype=float)
+        return jnp.minimum(wait, wait_of_finite_run(wait, workload.n_requests, 1.0, rate, workload.arrival_scv))
 
     def within_budget(self, workload: Workload, config: Configuration) -> tuple[RequestCost, Scalar | None]:
         """The cost of a request, and the largest batch [req] in service or None: by batch size, KV memory, and the

@@ -12,7 +12,7 @@ from diffspec.configuration import Configuration
 from diffspec.finite_runs import finite_run
 from diffspec.serving import ServingModel
 from diffspec.simulating import Engine, simulate
-from diffspec.step_time import DraftCost, RooflineStepTime
+from diffspec.step_time import AffineStepTime, DraftCost, RooflineStepTime
 from diffspec.workload import Workload
 
 SLOW = RooflineStepTime(weight_read=0.05, token_compute=1e-3, kv_read=1e-6, prefill_token=1e-4)
@@ -175,3 +175,14 @@ def test_a_short_run_near_saturation_has_not_waited_long_yet(cap, use, n):
     steady = model.predict(Workload(300.0, 120.0, arrival_rate=rate), config)
     assert float(finite.e2e_latency) == pytest.approx(measured, rel=0.1)
     assert float(steady.e2e_latency) > 1.1 * measured
+
+
+@pytest.mark.parametrize(("budget", "rate", "n"), [(512, 3.0, 40), (512, 5.8, 40), (512, 20.0, 40), (512, 20.0, 200)])
+def test_a_run_under_a_token_budget_ends(budget, rate, n):
+    """Up to three times the capacity: e2e within a fifth of the simulator, where an endless run would wait for minutes."""
+    model = ServingModel(AffineStepTime(verify_base=0.01, verify_query=2e-4, prefill_token=2e-5))
+    load = {"prompt_length": 4000.0, "output_length": 50.0, "arrival_rate": rate}
+    told = model.predict(Workload(**load, n_requests=float(n)), Configuration(max_batched_tokens=float(budget)))
+    engine = Engine(max_batched_tokens=budget)
+    found = simulate(model.step_time, Workload(**load), engine, n_requests=n, replications=16, finite=True)
+    assert float(told.e2e_latency) == pytest.approx(found.mean("e2e").value, rel=0.2)

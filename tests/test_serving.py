@@ -440,3 +440,17 @@ def test_single_precision_finds_the_same_equilibrium():
         latencies = np.asarray(single.e2e_latency, dtype=float)
     assert outcomes == names(double.result, 3) == ["successful"] * 3
     assert_close(latencies, double.e2e_latency, rtol=1e-4)
+
+
+def test_break_even_knows_what_the_prefix_cache_answers():
+    step_time = RooflineStepTime(
+        weight_read=6e-3, token_compute=4e-4, kv_read=6e-8, prefill_token=2e-4, draft=DraftCost(pass_base=5e-4)
+    )
+    model, config = ServingModel(step_time), Configuration(4.0, ConstantAcceptance(0.6))
+    rates = []
+    for hits in (0.0, 0.9):
+        rate = float(model.breakeven_rate(Workload(64.0, 64.0, arrival_rate=1.0, prefix_hit_rate=hits), config))
+        there = Workload(64.0, 64.0, arrival_rate=rate, prefix_hit_rate=hits)
+        assert_close(model.compare(there, config).speedup, 1.0, rtol=1e-9)
+        rates.append(rate)
+    assert rates[1] > 1.1 * rates[0]
