@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,6 +82,16 @@ class FakeServer:
         ]
         return web.Response(text="\n".join(lines) + "\n")
 
+    def application(self) -> web.Application:
+        self.semaphore = asyncio.Semaphore(self.places)
+        app = web.Application()
+        app.router.add_post("/v1/completions", self.completions)
+        app.router.add_post("/v1/chat/completions", self.completions)
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/metrics", self.metrics)
+        app.router.add_get("/health", self.models)
+        return app
+
 
 @contextmanager
 def running(server: FakeServer):
@@ -88,13 +99,7 @@ def running(server: FakeServer):
     loop, ready, box = asyncio.new_event_loop(), threading.Event(), {}
 
     async def start() -> None:
-        server.semaphore = asyncio.Semaphore(server.places)
-        app = web.Application()
-        app.router.add_post("/v1/completions", server.completions)
-        app.router.add_post("/v1/chat/completions", server.completions)
-        app.router.add_get("/v1/models", server.models)
-        app.router.add_get("/metrics", server.metrics)
-        box["runner"] = web.AppRunner(app, shutdown_timeout=0.1)
+        box["runner"] = web.AppRunner(server.application(), shutdown_timeout=0.1)
         await box["runner"].setup()
         site = web.TCPSite(box["runner"], "127.0.0.1", 0)
         await site.start()
@@ -116,3 +121,12 @@ def running(server: FakeServer):
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
+
+
+if __name__ == "__main__":  # in the place of `vllm serve MODEL ... --port PORT`
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+
+    async def begin() -> web.Application:
+        return FakeServer().application()
+
+    web.run_app(begin(), host="127.0.0.1", port=port)

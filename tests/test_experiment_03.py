@@ -9,9 +9,11 @@ import importlib.util
 import json
 import math
 import os
+import shlex
+import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -689,6 +691,19 @@ def test_gpu_kernels_in_the_interpreter(torch):
 # --- the driver of a real vLLM ----------------------------------------------------------------------------------------
 
 
+def free_ports(count: int) -> int:
+    """The first of `count` neighbouring ports of this machine that are free now."""
+    for first in range(20_000, 60_000, 97):
+        try:
+            with ExitStack() as stack:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                return first
+        except OSError:
+            continue
+    raise RuntimeError("no free ports")
+
+
 @pytest.fixture
 def vllm_driver():
     path = list(sys.path)
@@ -719,10 +734,56 @@ def test_vllm_dry_run(vllm_driver, tmp_path, capsys):
 def test_vllm_imposes_marginal_acceptance(vllm_driver, tmp_path):
     options = vllm_driver.parse(["--out", str(tmp_path)])
     server = vllm_driver.Server(3, 0.8)
-    command = vllm_driver.serve_command(server, tmp_path, options)
+    command = vllm_driver.serve_command(server, tmp_path, options, 8011)
     speculation = json.loads(command[command.index("--speculative-config") + 1])
     assert speculation["synthetic_acceptance_rates"] == pytest.approx([0.8, 0.64, 0.512])
     assert speculation["num_speculative_tokens"] == 3 and speculation["rejection_sample_method"] == "synthetic"
+
+
+def test_vllm_heads_draft_on_the_verifiers_hidden_state(vllm_driver, tmp_path):
+    options = vllm_driver.parse(["--out", str(tmp_path), "--servers", "none", "eagle:3:0.8", "--together"])
+    plain, head = vllm_driver.servers(options)
+    commands = [vllm_driver.serve_command(server, tmp_path, options, 8011) for server in (plain, head)]
+    assert plain.name == "k0" and head.name == "eagle_k3_a80"
+    speculation = json.loads(commands[1][commands[1].index("--speculative-config") + 1])
+    assert speculation["method"] == "eagle" and speculation["model"].endswith("eagle")
+    # a layer and the projection in front of it: 218.1 + 33.6 million
+    assert vllm_driver.plan(head, options, 8011)["identity"]["drafter_params"] == 251_658_240
+    caches = [int(command[command.index("--kv-cache-memory-bytes") + 1]) for command in commands]
+    assert caches[1] / caches[0] == pytest.approx(33 / 32)  # one more layer has a cache
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_vllm_driver_measures_every_server_once(vllm_driver, tmp_path, together):
+    """The whole way with a server of known timing in vLLM's place; what is done is not measured again."""
+    python = f"{shlex.quote(sys.executable)}"
+    scripts = {
+        "vllm": f"{python} {shlex.quote(str(Path(__file__).parent / 'fake_server.py'))}",
+        "diffspec": f"{python} -c 'import sys; from diffspec.cli import main; sys.exit(main())'",
+    }
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec {text} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    arguments = ["--out", str(tmp_path / "out"), "--servers", "eagle:2:0.8", "draft_model:2:0.8", "--rates", "60"]
+    arguments += ["--seconds", "0.1", "--least-requests", "30", "--prompt", "8", "--output", "9"]
+    arguments += ["--max-batch-size", "8", "--port", str(free_ports(2))]
+    arguments += ["--vllm", str(tmp_path / "vllm"), "--diffspec", str(tmp_path / "diffspec")]
+    arguments += ["--together"] if together else []
+    assert vllm_driver.main(arguments) == 0
+    tables = sorted((tmp_path / "out").glob("*/trace/operating_points.csv"))
+    assert [table.parts[-3] for table in tables] == ["draft_model_k2_a80", "eagle_k2_a80"]
+    written = [table.stat().st_mtime_ns for table in tables]
+    assert vllm_driver.main(arguments) == 0
+    assert [table.stat().st_mtime_ns for table in tables] == written
+
+
+def test_vllm_driver_goes_on_after_a_server_that_does_not_start(vllm_driver, tmp_path, capsys):
+    (tmp_path / "vllm").write_text("#!/bin/sh\necho no device; exit 3\n")
+    (tmp_path / "vllm").chmod(0o755)
+    arguments = ["--out", str(tmp_path / "out"), "--servers", "none", "eagle:1:0.8", "--vllm", str(tmp_path / "vllm")]
+    assert vllm_driver.main(arguments) == 1
+    told = capsys.readouterr().err
+    assert "k0 failed" in told and "eagle_k1_a80 failed" in told and "status 3" in told and "no device" in told
 
 
 def test_vllm_plans_are_what_collect_takes(vllm_driver, tmp_path):

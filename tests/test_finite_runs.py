@@ -179,7 +179,7 @@ def test_a_short_run_near_saturation_has_not_waited_long_yet(cap, use, n):
 
 @pytest.mark.parametrize(("budget", "rate", "n"), [(512, 3.0, 40), (512, 5.8, 40), (512, 20.0, 40), (512, 20.0, 200)])
 def test_a_run_under_a_token_budget_ends(budget, rate, n):
-    """Up to three times the capacity: e2e within a fifth of the simulator, where an endless run would wait for minutes."""
+    """Up to three times the capacity: e2e within a fifth of the simulator; an endless run would wait for minutes."""
     model = ServingModel(AffineStepTime(verify_base=0.01, verify_query=2e-4, prefill_token=2e-5))
     load = {"prompt_length": 4000.0, "output_length": 50.0, "arrival_rate": rate}
     told = model.predict(Workload(**load, n_requests=float(n)), Configuration(max_batched_tokens=float(budget)))

@@ -1,7 +1,8 @@
 """Makes model folders without weights for `vllm serve --load-format dummy`: `python make_models.py FOLDER`.
 
-`FOLDER/verifier` has the dimensions of Llama-3.1-8B, `FOLDER/drafter` those of Llama-3.2-1B, with one vocabulary and
-one tokenizer of made-up words. A few megabytes, written with the standard library alone, no download.
+`FOLDER/verifier` has the dimensions of Llama-3.1-8B, `FOLDER/drafter` those of Llama-3.2-1B, `FOLDER/eagle` those of an
+EAGLE head for the former, with one vocabulary and one tokenizer of made-up words. A few megabytes, written with the
+standard library alone, no download.
 """
 
 import argparse
@@ -45,14 +46,24 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "tie_word_embeddings": True,
     },
+    "eagle": {  # a head on the verifier's last hidden state; embedding and vocabulary projection are the verifier's
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 1,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+    },
 }
 
 
 def parameters(config: dict[str, Any]) -> int:
-    """Parameters of a Llama with this config; norms left out."""
+    """Parameters of a Llama with this config, norms left out. A head's own are its layer and the projection of (token,
+    hidden state) in front of it."""
     hidden, size = config["hidden_size"], config["head_dim"]
     attention = 2 * hidden * size * (config["num_attention_heads"] + config["num_key_value_heads"])
     layer = attention + 3 * hidden * config["intermediate_size"]
+    if config == COMMON | MODELS["eagle"]:
+        return layer + 2 * hidden * hidden
     embeddings = (1 if config["tie_word_embeddings"] else 2) * config["vocab_size"] * hidden
     return embeddings + config["num_hidden_layers"] * layer
 
