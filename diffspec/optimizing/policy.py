@@ -18,7 +18,7 @@ from diffspec.fitting.deployment import FittedDeployment
 from diffspec.optimizing.flags import vllm_flags
 from diffspec.optimizing.limits import Limit, check_objective, parse_limit
 from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
-from diffspec.optimizing.schedule import LONGEST_SCHEDULE, batch_schedule, residence_under_schedule
+from diffspec.optimizing.schedule import LONGEST_SCHEDULE, batch_schedule, latency_under_schedule
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.staircase import StaircaseStepTime
@@ -26,7 +26,6 @@ from diffspec.workload import Workload, batched, check_range
 
 LOOPS = ("arrival_rate", "concurrency")
 OPTIMALITY_TOLERANCE = 1e-9
-UNBUDGETED = "the schedule over the batch, unlike the policy, knows no token budget"
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
@@ -135,7 +134,7 @@ def optimize(
     ]
     one = jax.tree.map(lambda leaf: leaf[0], workloads)
     batches = _schedule_length(config, one)
-    schedule, residence = batch_schedule(serving, one, config, max_draft_length, batches)
+    schedule = batch_schedule(serving, one, config, max_draft_length, batches)
     static = _best_static(metrics, saturated, limits, objective)
     report("done", 1.0)
     feasible = [entry for entry in table if entry["feasible"]]
@@ -151,11 +150,11 @@ def optimize(
         "policy": _merge(table),
         "table": table,
         "static_draft_length": static,
-        "schedule": schedule,
+        "schedule": schedule.ranges,
         "schedule_vs_static": [
             {
                 "load": entry["load"],
-                "e2e_schedule": residence_under_schedule(residence, entry["load"], loop),
+                "e2e_schedule": latency_under_schedule(schedule, entry["load"], loop),
                 "e2e_static": None
                 if static is None or saturated[i][static]
                 else finite(metrics["e2e_mean"][i][static]),
@@ -163,16 +162,11 @@ def optimize(
             }
             for i, entry in enumerate(table)
         ],
-        "flags": vllm_flags(static or 0, schedule if feasible else [[1, batches, 0]], method, drafter),
+        "flags": vllm_flags(static or 0, schedule.ranges if feasible else [[1, batches, 0]], method, drafter),
         "optimality_gap": max(gaps) if gaps else None,
         "infeasible": None if feasible else table[0]["violations"],
         "warnings": _caveats(deployment, loads, loop, prompt_length, output_length, max_draft_length, acceptance)
-        + _queueing(table, loop, config, one)
-        + (
-            []
-            if max_batched_tokens is None
-            else ["the schedule over the batch, unlike the policy, knows no token budget"]
-        ),
+        + _queueing(table, loop, config, one),
     }
 
 
