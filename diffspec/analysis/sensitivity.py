@@ -48,7 +48,8 @@ def sensitivity(
     An elasticity of 0.7 says: 1 % more of the input gives 0.7 % more of the metric. Returns ``{"metric", "value",
     "outcome", "elasticities": [{"name", "kind", "elasticity", "value", "unit"}], "warnings"}``, kind ``"parameter"`` or
     ``"workload"``; at saturation the value is None and the elasticities are those at 0.999 of
-    capacity, with a warning.
+    capacity, with a warning. An elasticity that does not exist is None, and a warning says why: all of a metric that is
+    0 or infinite, and those that are not finite.
     Errors: :class:`InputError` for an unknown metric.
     """
     if metric not in METRICS:
@@ -59,11 +60,13 @@ def sensitivity(
     workload, config = (jax.tree.map(lambda leaf: np.asarray(leaf, dtype=float), part) for part in (workload, config))
     (by_parameter, by_field), prediction = _elasticities(metric, serving, workload, config)
     infos = parameter_infos(deployment.serving)
+    found = float(getattr(prediction, METRICS[metric]))
+    moves = finite(found) is not None and found > 0  # else it has no logarithm, and no slope of that
     rows = [
         {
             "name": path.removeprefix("step_time."),
             "kind": "parameter",
-            "elasticity": finite(by_parameter[path]),
+            "elasticity": finite(by_parameter[path]) if moves else None,
             "value": value,
             "unit": infos[path].unit,
         }
@@ -72,7 +75,7 @@ def sensitivity(
     for name, slope in by_field.items():
         value = float(getattr(workload, name))
         if value > 0:
-            entry = {"elasticity": finite(slope), "value": value, "unit": WORKLOAD_UNITS[name]}
+            entry = {"elasticity": finite(slope) if moves else None, "value": value, "unit": WORKLOAD_UNITS[name]}
             rows.append({"name": name, "kind": "workload"} | entry)
     rows.sort(key=lambda row: -abs(row["elasticity"] or 0.0))
     outcome = outcome_name(prediction.result)
@@ -82,5 +85,12 @@ def sensitivity(
     )
     if outcome == "saturated":
         warnings.append("saturated: elasticities are those at 0.999 of capacity, where the load itself cannot move")
-    value = None if outcome == "saturated" else finite(getattr(prediction, METRICS[metric]))
+    if not moves:
+        told = "0" if found == 0 else "unbounded"
+        warnings.append(f"{metric} is {told} here, so nothing moves it by a percentage: there are no elasticities")
+    elif missing := [row["name"] for row in rows if row["elasticity"] is None]:
+        warnings.append(
+            f"no elasticity (the derivative is not finite) for {', '.join(missing)}: {metric} has a kink there"
+        )
+    value = None if outcome == "saturated" else finite(found)
     return {"metric": metric, "value": value, "outcome": outcome, "elasticities": rows, "warnings": warnings}

@@ -138,12 +138,7 @@ class WorkloadOptions:
     ] = None
     max_batched_tokens: Annotated[
         float | None,
-        _option(
-            "--max-batched-tokens",
-            "T",
-            _SERVER,
-            "Token budget of a step, splits prompts; simulate: default as measured.",
-        ),
+        _option("--max-batched-tokens", "T", _SERVER, "Token budget of a step, which splits prompts; default: none."),
     ] = None
     deployment: Annotated[
         str | None, _option("--deployment", "D", _SERVER, "Which deployment, where the model has several.")
