@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.analysis.answers import FAST_COMPILE, METRICS, finite
+from diffspec.analysis.before_traces import DOES_NOT_FIT, LEVEL, Unmeasured, each, spread
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.parameters import get_parameters, parameter_infos, set_parameters
@@ -38,6 +39,30 @@ def _elasticities(metric: str, serving: ServingModel, workload: Workload, config
     logs = (jax.tree.map(jnp.log, get_parameters(serving)), jax.tree.map(jnp.log, fields))
     gradients, prediction = jax.grad(log_metric, argnums=(0, 1), has_aux=True)(*logs)
     return gradients, prediction
+
+
+def sensitivity_unmeasured(
+    subject: Unmeasured, workload: Workload, config: Configuration, metric: str = "e2e_mean"
+) -> dict[str, Any]:
+    """:func:`sensitivity` of what was not measured, with ``intervals`` of the elasticities over the draws of what is
+    not known (``elasticities[name]`` = low, median, high), ``memory`` and ``assumptions``.
+
+    None of them where it does not fit.
+    """
+    answer = sensitivity(subject.deployment, workload, config, metric)
+    if not subject.plan.fits:
+        nothing = {"value": None, "outcome": DOES_NOT_FIT, "elasticities": [], "intervals": None}
+        return answer | nothing | subject.told()
+    workload, config = (jax.tree.map(lambda leaf: np.asarray(leaf, dtype=float), part) for part in (workload, config))
+    found = [_elasticities(metric, model, workload, config)[0] for model in each(subject.models())]
+    slopes = {
+        name.removeprefix("step_time."): [float(draw[group][name]) for draw in found]
+        for group in (0, 1)
+        for name in found[0][group]
+    }
+    shown = [row["name"] for row in answer["elasticities"] if row["elasticity"] is not None]
+    told = {"level": LEVEL, "draws": len(found), "elasticities": {name: spread(slopes[name]) for name in shown}}
+    return answer | {"intervals": told} | subject.told()
 
 
 def sensitivity(
