@@ -174,7 +174,9 @@ def latency_distribution(
     tpot_parts = [(decoded * lengths.share, steps, after_first, variance, quick, slow)]
     if pace.tokens_pmf is not None:
         n, s = (axis.ravel() + 1.0 for axis in jnp.indices((_SHORT, _SHORT), dtype=mean_pace.dtype))
-        near = jnp.maximum(1.0 - jnp.abs((tokens - 1.0)[:, None] - jnp.arange(1, _SHORT + 1)), 0.0)  # rounded at random
+        near = jnp.maximum(
+            1.0 - jnp.abs((tokens - 1.0)[:, None] - jnp.arange(1.0, _SHORT + 1.0)), 0.0
+        )  # rounded at random
         chance = (lengths.share @ near)[:, None] * steps_of_short_outputs(pace.tokens_pmf, _SHORT)
         by_chance = spread * correlated(s, correlation_steps=correlation_steps) + by_prefill * s
         longer = lengths.share * jnp.clip(tokens - 1.0 - _SHORT, 0.0, 1.0)
