@@ -16,6 +16,7 @@ from abc import abstractmethod
 from typing import Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -247,6 +248,25 @@ def steps_per_request(m1: Scalar, m2: Scalar, output_length: Scalar, form: Steps
     # below one emitted token no step is needed; between, the count may not exceed the tokens to emit
     remaining = jnp.maximum(output_length - 1.0, 0.0)
     return jnp.minimum((remaining + 0.5 * (m2 / m1 - 1.0)) / m1, remaining)
+
+
+def steps_of_short_outputs(pmf: Float[Array, "tokens"], longest: int) -> Float[Array, "n s"]:
+    """P(s steps make at least n tokens, and s - 1 do not), for n and s = 1..``longest``: the renewal count's own law,
+    by recursion over the first step, P(n, s) = sum_j pmf_j P(n - j, s - 1) with P(n <= 0, 0) = 1.
+
+    >>> [[float(p) for p in row] for row in steps_of_short_outputs(jnp.array([0.25, 0.75]), 2)]
+    [[1.0, 0.0], [0.25, 0.75]]
+    """
+    size = longest + 1
+    emitted = jnp.arange(1, pmf.shape[0] + 1)
+
+    def add(table, n):  # rows of the table: tokens still to come, 0..longest; columns: steps, 0..longest
+        row = jnp.roll(pmf @ table[jnp.maximum(n - emitted, 0)], 1).at[0].set(0.0)
+        return table.at[n].set(row), None
+
+    start = jnp.zeros((size, size), dtype=pmf.dtype).at[0, 0].set(1.0)
+    table, _ = jax.lax.scan(add, start, jnp.arange(1, size))
+    return table[1:, 1:]
 
 
 def steps_per_request_exact(pmf: Float[np.ndarray, "tokens"], output_length: int) -> float:

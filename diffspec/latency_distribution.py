@@ -5,9 +5,12 @@ steps takes own prefill + sum over its steps of pace(n), and n, seen along its s
 distribution P; so mean = S*E[pace] exactly, and variance = 2*Var[pace]*int_0^S (S-u)*r(u) du. The correlation r is one
 minus the residual-life distribution of lengths, stretched so that an exponential law has the chain's own correlation
 time (a closed sum for birth-death chains). Around it a request is normal in the log, and one that waited has an
-exponential wait added. The percentiles are those of the mixture over lengths. Judged by simulation in
+exponential wait added. The percentiles are those of the mixture over lengths; the time per token of outputs of up to 24
+tokens after the first, which make its tail, is mixed over their whole number of steps too. Judged by simulation in
 experiments/04_physics_against_simulator.
 """
+
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -15,7 +18,7 @@ import jax.numpy as jnp
 from jax.scipy.special import gammaln, log_ndtr, ndtr
 from jaxtyping import Array, Float
 
-from diffspec.acceptance import steps_per_request
+from diffspec.acceptance import steps_of_short_outputs, steps_per_request
 from diffspec.lengths import Lengths
 from diffspec.parameters import Scalar
 from diffspec.waiting import RequestsInSystem, prompt_wait, queue_scv, requests_in_system, waiting_factor
@@ -25,6 +28,8 @@ _ROUNDS = 60
 _SMALL = 1e-12
 _GAP_SPREAD = 0.02
 """Relative spread given to the gaps, whose percentiles would jump otherwise."""
+_SHORT = 24
+"""Tokens after the first of outputs whose number of steps is a distribution of its own (two moments do beyond)."""
 _PROMPTS = 6
 """Prompts that one step is told to carry, the last one for all beyond."""
 
@@ -34,7 +39,8 @@ class Pace(eqx.Module):
 
     * ``residence[n-1]`` [s]: time in service; ``step[n-1]`` [s]: the engine step
     * ``prefill`` [s]: of its own prompt; ``overhead`` [s]: outside the engine
-    * ``steps`` [step] of a request of mean length; ``tokens_per_step`` [tok] and its second moment ``tokens_square``
+    * ``steps`` [step] of a request of mean length; ``tokens_per_step`` [tok] and its second moment ``tokens_square``;
+      ``tokens_pmf[j]``: P(j + 1 tokens in a step), None where only the moments are known
     * ``first_steps`` [step]: others' steps that a prompt shares in a busy engine; half as many pass before it begins;
       ``chunk_steps[n-1]`` [step]: further steps that a prompt of several chunks shares
     * ``interference`` [1]: foreign prefill paid, relative to a prompt's own
@@ -52,6 +58,7 @@ class Pace(eqx.Module):
     chunk_steps: Float[Array, "states"]
     interference: Scalar
     prompt_service: Float[Array, "states"] | None = None
+    tokens_pmf: Float[Array, "tokens"] | None = None
 
 
 class LatencyDistribution(eqx.Module):
@@ -113,7 +120,8 @@ def latency_distribution(
     mean_steps = jnp.maximum(pace.steps, _SMALL)
     by_acceptance = jnp.maximum(tokens - 2.0, 0.0) * (m2 - m1**2) / m1**3
     by_prefill = stall * foreign * mean_pace  # of every step: Poisson numbers of prompts
-    variance = spread * _correlated(steps, lengths.share, mean_steps, correlation_steps)
+    correlated = partial(_correlated, lengths=steps, share=lengths.share, mean_steps=mean_steps)
+    variance = spread * correlated(steps, correlation_steps=correlation_steps)
     variance = variance + by_acceptance * mean_pace**2 + by_prefill * steps
 
     # a queue forms behind full places; a prompt's own prefill is engine time that does not vary
@@ -141,9 +149,12 @@ def latency_distribution(
         queue_if = jnp.maximum(in_queue, 1e-9) / queues
 
     # those who wait meet a full batch, and it takes their service a correlation time to forget it
-    forget = _memory(steps / jnp.maximum(correlation_steps, _SMALL))
-    slow = mean_pace + (per_step[-1] - mean_pace) * forget
-    quick = (mean_pace - waits * slow) / (1.0 - waits)
+    def paces(steps):
+        forget = _memory(steps / jnp.maximum(correlation_steps, _SMALL))
+        slow = mean_pace + (per_step[-1] - mean_pace) * forget
+        return (mean_pace - waits * slow) / (1.0 - waits), slow
+
+    quick, slow = paces(steps)
     join = others @ (shared * per_step + rest)
     base = own + join
     kinds = [(1.0 - waits, 0.0, 0.0, quick), (waits, in_queue, wait_if, slow)]  # share, sure and random wait, pace
@@ -160,10 +171,28 @@ def latency_distribution(
     ttft_mean = waiting + own + others @ (rest + carry)
     decoded = jnp.where(tokens > 1.5, 1.0, 0.0)
     after_first = jnp.maximum(tokens - 1.0, 0.5)
-    tpot_share = share * jnp.concatenate([decoded] * len(kinds))
+    tpot_parts = [(decoded * lengths.share, steps, after_first, variance, quick, slow)]
+    if pace.tokens_pmf is not None:
+        n, s = (axis.ravel() + 1.0 for axis in jnp.indices((_SHORT, _SHORT), dtype=mean_pace.dtype))
+        near = jnp.maximum(
+            1.0 - jnp.abs((tokens - 1.0)[:, None] - jnp.arange(1.0, _SHORT + 1.0)), 0.0
+        )  # rounded at random
+        chance = (lengths.share @ near)[:, None] * steps_of_short_outputs(pace.tokens_pmf, _SHORT)
+        by_chance = spread * correlated(s, correlation_steps=correlation_steps) + by_prefill * s
+        longer = lengths.share * jnp.clip(tokens - 1.0 - _SHORT, 0.0, 1.0)
+        tpot_parts = [(longer, *tpot_parts[0][1:]), (chance.ravel(), s, n, by_chance, *paces(s))]
+    tpot_share, tpot_mean, tpot_variance = (
+        jnp.concatenate(column)
+        for column in zip(
+            *(
+                (part * weight, count * speed / after, varied / after**2)
+                for part, count, after, varied, *speeds in tpot_parts
+                for weight, speed in zip((1.0 - waits, waits), speeds, strict=True)
+            ),
+            strict=True,
+        )
+    )
     tpot_share = tpot_share / jnp.maximum(jnp.sum(tpot_share), _SMALL)
-    tpot_mean = jnp.concatenate([steps * speed / after_first for *_, speed in kinds])
-    tpot_variance = jnp.concatenate([variance / after_first**2] * len(kinds))
     calm = jnp.maximum(others - jnp.where(at_cap, waits, 0.0), 0.0)
 
     def of_e2e(t):
@@ -236,14 +265,15 @@ def _poisson(mean, number):
     return share.at[..., -1].add(1.0 - jnp.sum(share, axis=-1))
 
 
-def _correlated(steps, share, mean_steps, correlation_steps):
-    """2*int_0^S (S-u)*r(u) du for every S, r(u) = 1 - residual-life cdf at u*mean_steps/correlation_steps.
+def _correlated(steps, lengths, share, mean_steps, correlation_steps):
+    """2*int_0^S (S-u)*r(u) du for every S, r(u) = 1 - residual-life cdf of ``lengths`` (in steps, with their ``share``)
+    at u*mean_steps/correlation_steps.
 
-    With stretched lengths y_j = S_j*correlation_steps/mean_steps it is a sum over lengths of piecewise cubics:
+    With stretched lengths y_j = lengths_j*correlation_steps/mean_steps it is a sum over lengths of piecewise cubics:
     r(u) = sum_j w_j*(y_j - u)^+ / sum_j w_j*y_j.
     """
     stretch = correlation_steps / mean_steps
-    y = jnp.maximum(steps * stretch, _SMALL)
+    y = jnp.maximum(lengths * stretch, _SMALL)
     whole = share @ y
     s = steps[:, None]
     reach = jnp.minimum(s, y[None, :])

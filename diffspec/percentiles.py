@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from diffspec.acceptance import AbstractPositionwise
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.latency_distribution import PERCENTILES, LatencyDistribution, Pace, latency_distribution
 from diffspec.lengths import Lengths
@@ -82,6 +83,7 @@ def predict_distribution(
             chunk_steps=chunks,
             interference=jnp.asarray(model.prefill_interference, dtype=float),
             prompt_service=prompt_service,
+            tokens_pmf=_pmf(config),
         ),
         jnp.minimum(rate, (1.0 - SATURATION_MARGIN) * capacity),
         jnp.asarray(workload.output_length, dtype=float),
@@ -90,3 +92,12 @@ def predict_distribution(
         arrival_scv=workload.arrival_scv,
         percentiles=percentiles,
     )
+
+
+def _pmf(config: Configuration):
+    """P(tokens = j + 1) of a step; None for an acceptance that knows only its moments."""
+    if config.acceptance is None:
+        return jnp.ones(1, dtype=float)
+    if not isinstance(config.acceptance, AbstractPositionwise):
+        return None
+    return config.acceptance.pmf(jnp.asarray(config.draft_length, dtype=float), config.draft_probability)

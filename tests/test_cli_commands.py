@@ -358,6 +358,16 @@ def test_sensitivity_in_words(model):
     assert ran.code == 0 and "ttft_mean =" in ran.out and "elasticity" in ran.out
 
 
+def test_an_elasticity_that_does_not_exist_is_none_and_says_why(model):
+    """Requests of one token have no time per token; nothing moves it, and 0 would say that something could not."""
+    load = ("--arrival-rate", "3", "--prompt-length", "64", "--output-length", "1", "--draft-length", "2")
+    answer = answer_of("sensitivity", model, *load, "--metric", "tpot_mean")
+    assert answer["elasticities"] and all(row["elasticity"] is None for row in answer["elasticities"])
+    assert any("tpot_mean is 0 here" in line for line in answer["warnings"])
+    ran = run("sensitivity", model, *load, "--metric", "tpot_mean")
+    assert "+0.000" not in ran.out and "none" in ran.out and "tpot_mean is 0 here" in ran.err
+
+
 def collected(folder) -> dict:
     """The answer of `diffspec collect` against a server that only streams."""
     plan = folder / "plan.yaml"
@@ -385,6 +395,23 @@ def test_simulate_stands_beside_predict(model, tmp_path):
     assert len(rows) == 1 + simulated["requests"] and rows[0].startswith("run,arrival_time,schedule_time")
     again = answer_of("simulate", model, *load, "--requests", "400")
     assert again["metrics"] == simulated["metrics"], "the same seed gives the same numbers"
+
+
+def test_simulate_asks_the_model_and_the_engine_the_same(tmp_path):
+    """The token budget of the measured server counts for both or for neither; which, and how to ask, is said."""
+    deployment = toy_deployment()
+    deployment.defaults["max_batched_tokens"] = 32
+    model = toy_model(tmp_path / "m.json", deployment)
+    few = ("--draft-length", "2", "--requests", "200", "--replications", "2")
+    plain = answer_of("simulate", model, *LOAD, *few)
+    asked = answer_of("simulate", model, *LOAD, *few, "--max-batched-tokens", "32")
+    assert any("--max-batched-tokens 32 asks both" in line for line in plain["warnings"])
+    assert not any("asks both" in line for line in asked["warnings"])
+    for answer, budget in ((plain, ()), (asked, ("--max-batched-tokens", "32"))):
+        predicted = answer_of("predict", model, *LOAD, "--draft-length", "2", *budget)
+        assert answer["predicted"]["ttft"]["mean"] == predicted["ttft"]
+    simulated = [answer["metrics"]["ttft"]["mean"]["value"] for answer in (plain, asked)]
+    assert simulated[1] > 1.2 * simulated[0], "prompts of 64 tokens take several steps of 32"
 
 
 def test_simulate_says_saturation_and_bad_input(model, tmp_path):

@@ -21,7 +21,7 @@ from diffspec.fitting.fit import fit
 from diffspec.optimizing.flags import vllm_flags
 from diffspec.optimizing.limits import LIMITED, parse_limit
 from diffspec.optimizing.policy import optimize
-from diffspec.optimizing.schedule import residence_under_schedule
+from diffspec.optimizing.schedule import batch_schedule, residence_under_schedule
 from diffspec.parameters import get_parameters, set_parameters
 from diffspec.prediction import STAGES
 from diffspec.results import InputError
@@ -254,10 +254,59 @@ def test_schedule_takes_the_fastest_draft_length_at_each_batch(deployment, limit
 
 
 def test_schedule_equilibrium_of_an_affine_residence():
-    residence = 0.5 + 0.1 * np.arange(1, 201)  # 0.5 + 0.1*n: (c1 + c2)/(1 - rate*c2)
-    assert_close(residence_under_schedule(residence, 4.0, "arrival_rate"), 0.6 / (1 - 0.4), rtol=1e-9)
-    assert residence_under_schedule(residence, 11.0, "arrival_rate") is None
-    assert_close(residence_under_schedule(residence, 400.0, "concurrency"), 20.5 * 2, rtol=1e-12)
+    sizes = np.arange(1.0, 201.0)
+    residence = 0.5 + 0.1 * sizes  # (c1 + c2)/(1 - rate*c2)
+    assert_close(residence_under_schedule(sizes, residence, 4.0, "arrival_rate"), 0.6 / (1 - 0.4), rtol=1e-9)
+    assert residence_under_schedule(sizes, residence, 11.0, "arrival_rate") is None
+    assert_close(residence_under_schedule(sizes, residence, 400.0, "concurrency"), 20.5 * 2, rtol=1e-12)
+
+
+def test_a_schedule_leaves_room_for_prompts_in_the_token_budget(deployment):
+    """No batch drafts so much that prompts find no place; the largest draft length there is the policy's own cap."""
+    asked = {"prompt_length": 64.0, "output_length": 64.0, "max_draft_length": 4}
+    for loads, loop in (([2.0, 6.0], "arrival_rate"), ([8.0, 40.0], "concurrency")):
+        free, bound = (
+            optimize(deployment, loads=loads, loop=loop, acceptance=ConstantAcceptance(0.9), **asked, **budget)
+            for budget in ({}, {"max_batched_tokens": 48.0})
+        )
+        assert free["schedule"] != bound["schedule"]
+        assert all(last * (1 + k) < 48.0 or k == 0 for _, last, k in bound["schedule"])
+        assert not any("budget" in line for line in bound["warnings"])
+    config = deployment.configuration(4.0, acceptance=ConstantAcceptance(0.9), max_batched_tokens=48.0)
+    workload = Workload(**LENGTHS, arrival_rate=1.0)
+    schedule = batch_schedule(deployment.serving, workload, config, 4, 64)
+    most = [
+        float(
+            deployment.serving.within_budget(
+                workload,
+                deployment.configuration(float(k), acceptance=ConstantAcceptance(0.9), max_batched_tokens=48.0),
+            )[1]
+        )
+        for k in range(5)
+    ]
+    assert most == sorted(most, reverse=True), "the more is drafted, the smaller the batch"
+    assert all(last <= most[k] or k == 0 for _, last, k in schedule.ranges)
+    assert schedule.sizes[-1] < 48.0, "no more requests than a budget holds"
+
+
+@pytest.mark.parametrize("options", [{}, {"max_batch_size": 6.0}, {"max_batched_tokens": 48.0}])
+@pytest.mark.parametrize("loop", ["arrival_rate", "concurrency"])
+def test_a_schedule_of_one_draft_length_is_that_draft_length(deployment, options, loop):
+    """A drafter that never pays: the schedule is 0 everywhere, and both latencies, waiting included, are the same."""
+    loads = [0.5, 1.5, 2.5] if loop == "arrival_rate" else [1.0, 4.0, 12.0]
+    answer = optimize(
+        deployment,
+        loads=loads,
+        loop=loop,
+        **LENGTHS,
+        max_draft_length=2,
+        acceptance=ConstantAcceptance(0.02),
+        **options,
+    )
+    assert [k for *_, k in answer["schedule"]] == [0]
+    for entry in answer["schedule_vs_static"]:
+        assert entry["e2e_static"] is not None
+        assert_close(entry["e2e_schedule"], entry["e2e_static"], rtol=0.01)
 
 
 def test_flags_are_what_vllm_reads():

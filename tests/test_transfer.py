@@ -365,6 +365,110 @@ def test_a_fit_starts_from_first_principles_and_moves(measured):
     assert same["e2e_latency"] == pytest.approx(here["e2e_latency"], rel=1e-9)
 
 
+def documented(command: str) -> list[str]:
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| `{command}` | `")]
+    return row.split("|")[2].replace("`", "").replace(" ", "").split(",")
+
+
+def answer_of(*arguments, code: int = 0) -> dict:
+    ran = run(*arguments, "--json")
+    assert ran.code == code, ran.err
+    return json.loads(ran.out)
+
+
+BUDGET = ("--max-batched-tokens", "256")
+
+
+def test_a_token_budget_and_prefix_hits_are_used_before_any_trace():
+    question = ("predict", *CLI_PAIR, "--hardware", "h200", *CLI_LOAD, *CLI_DRAFT)
+    plain, split, cached = (answer_of(*question, *extra) for extra in ((), BUDGET, ("--prefix-hit-rate", "0.9")))
+    assert cached["ttft"] < plain["ttft"] < split["ttft"]
+    assert split["capacity"] < plain["capacity"]
+    assert split["intervals"]["metrics"]["ttft"]["median"] > plain["intervals"]["metrics"]["ttft"]["median"]
+    assert any("activations of 256 tokens" in line for line in split["assumptions"])
+    assert split["memory"]["kv_capacity_tokens"] > plain["memory"]["kv_capacity_tokens"]
+
+
+def test_a_token_budget_is_used_on_other_hardware(measured):
+    question = ("predict", measured[0] / "model.json", "--arrival-rate", "3", "--draft-length", "4")
+    here, there = (
+        [answer_of(*question, *where, *extra)["ttft"] for extra in ((), ("--max-batched-tokens", "32"))]
+        for where in ((), ("--hardware", "cpu"))
+    )
+    assert here[1] > here[0] and there == pytest.approx(here, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("optimize", ("--acceptance-rate", "0.8", "--max-draft-length", "4")),
+        ("sensitivity", CLI_DRAFT),
+        ("simulate", (*CLI_DRAFT, "--requests", "30", "--replications", "2")),
+    ],
+)
+def test_every_question_can_be_asked_before_any_trace(command, options, tmp_path):
+    """The keys are those of a fitted model and what first principles add, also where the pair does not fit."""
+    question = (command, *CLI_PAIR, *CLI_LOAD, *options)
+    answer = answer_of(*question, "--hardware", "h200")
+    added = ("memory", "assumptions") if command == "simulate" else ("intervals", "memory", "assumptions")
+    assert sorted(answer) == sorted([*documented(command), *added])
+    assert answer["memory"]["fits"] and any("NVIDIA H200" in line for line in answer["assumptions"])
+    if command == "optimize":
+        central = answer_of("predict", *CLI_PAIR, *CLI_LOAD, *CLI_DRAFT, "--hardware", "h200")
+        (entry,) = answer["table"]
+        assert entry["draft_length"] == 4 and entry["metrics"]["e2e_mean"] == pytest.approx(central["e2e_latency"])
+        (varied,) = answer["intervals"]["loads"]
+        edges = varied["draft_length"]
+        assert edges["low"] <= edges["median"] <= edges["high"] and varied["feasible_share"] > 0.9
+        assert '"method":"draft_model"' in answer["flags"]["vllm_static"]
+    if command == "sensitivity":
+        for row in answer["elasticities"]:
+            edges = answer["intervals"]["elasticities"][row["name"]]
+            assert edges["low"] <= edges["median"] <= edges["high"]
+        widths = answer["intervals"]["elasticities"]["weight_read"]
+        assert widths["high"] - widths["low"] > 0.05, "honest: what is not known shows"
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    large = (command, "--verifier", tmp_path, *CLI_PAIR[2:], "--hardware", "h100", *CLI_LOAD, *options)
+    if command == "simulate":
+        ran = run(*large)
+        assert ran.code == 1 and "do not fit" in ran.err and ran.err.count("\n") == 1
+    else:
+        nothing = answer_of(*large, code=1)
+        assert nothing["outcome"] == "does_not_fit" and sorted(nothing) == sorted(answer)
+        assert "does not fit: missing" in run(*large).out
+
+
+def test_every_question_can_be_asked_of_other_hardware(measured):
+    """On the hardware of the fit the answer is the fit's own; on another one it is not, and says what it assumes."""
+    model, load = measured[0] / "model.json", ("--arrival-rate", "3")
+    optimized, explained = (
+        [answer_of(*question, *where) for where in ((), ("--hardware", "cpu"), ("--hardware", "l4"))]
+        for question in (
+            ("optimize", model, *load, "--max-draft-length", "4"),
+            ("sensitivity", model, *load, "--draft-length", "4"),
+        )
+    )
+    costs = [answer["table"][0]["metrics"]["e2e_mean"] for answer in optimized]
+    assert costs[1] == pytest.approx(costs[0], rel=1e-9) and costs[2] < costs[0]
+    assert optimized[1]["schedule"] == optimized[0]["schedule"]
+    values = [answer["value"] for answer in explained]
+    assert values[1] == pytest.approx(values[0], rel=1e-9) and values[2] < values[0]
+    assert "cpu was measured" in explained[2]["assumptions"][0] and "assumptions" not in explained[0]
+
+
+@pytest.mark.parametrize("command", ["optimize", "sensitivity", "simulate"])
+def test_the_others_refuse_what_predict_refuses(command):
+    options = ("--acceptance-rate", "0.8") if command == "optimize" else CLI_DRAFT
+    for arguments, told in (
+        ((*CLI_LOAD, *options), "MODEL.JSON or --verifier: got neither"),
+        ((*CLI_PAIR, *CLI_LOAD, *options), "--hardware is missing; allowed: a100"),
+        ((*CLI_PAIR[:2], "--hardware", "h200", *CLI_LOAD, *options), "needs a drafter"),
+        ((*CLI_PAIR, "--hardware", "h200", *CLI_LOAD[:4], *options), "--output-length is needed: no trace tells it"),
+    ):
+        ran = run(command, *arguments)
+        assert ran.code == 2 and told in ran.err and ran.out == "", ran.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

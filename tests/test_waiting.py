@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from diffspec.acceptance import ConstantAcceptance
+from diffspec.acceptance import ConstantAcceptance, steps_of_short_outputs, steps_per_request_exact
 from diffspec.configuration import Configuration
 from diffspec.latency_distribution import _correlated
 from diffspec.lengths import Lengths
@@ -93,7 +93,7 @@ def test_derivatives_are_those_of_finite_differences():
 def test_the_correlated_sum_is_its_integral():
     """2*int_0^S (S-u)*r(u) du with r from the residual lives of two lengths, by quadrature."""
     steps, share, mean, correlation = jnp.array([20.0, 90.0]), jnp.array([0.6, 0.4]), 48.0, 30.0
-    got = _correlated(steps, share, mean, correlation)
+    got = _correlated(steps, steps, share, mean, correlation)
 
     def left(u):  # 1 - residual-life cdf of the stretched lengths
         y = np.asarray(steps) * correlation / mean
@@ -171,6 +171,29 @@ def test_percentiles_against_the_simulator(cap, k, law, use, distribution):
                 assert float(predicted) == pytest.approx(simulated.value, rel=tolerance), (metric, tolerance)
     assert decided >= 2
     assert found.percentile("tpot", 95).value == pytest.approx(float(model.tpot[2]), rel=0.08)
+
+
+@pytest.mark.parametrize(("cap", "use"), [(16, 0.8), (64, 0.3)])
+def test_short_outputs_make_the_tail_of_the_time_per_token(cap, use, distribution):
+    """p99 of tpot with geometric lengths and drafts: whether two tokens come in one step or in two is counted."""
+    config = Configuration(4.0, ConstantAcceptance(0.8), max_batch_size=float(cap))
+    rate = use * float(MODEL.predict(Workload(300.0, 120.0, arrival_rate=1.0), config).capacity)
+    engine = Engine(4, (0.8,) * 4, max_batch_size=cap)
+    load = Workload(300.0, 120.0, arrival_rate=rate)
+    found = simulate(SERVER, load, engine, n_requests=3000, replications=16, output_law="geometric")
+    model = distribution(rate, float(cap), 4.0, Lengths.geometric())
+    assert float(model.tpot[3]) == pytest.approx(found.percentile("tpot", 99).value, rel=0.12)
+
+
+def test_steps_of_short_outputs_are_the_renewal_count():
+    """Rows are distributions whose means are the exact recursion's."""
+    acceptance = ConstantAcceptance(0.8)
+    pmf = acceptance.pmf(4.0)
+    table = np.asarray(steps_of_short_outputs(pmf, 20))
+    np.testing.assert_allclose(table.sum(axis=1), 1.0, rtol=1e-12)
+    for tokens in (1, 2, 5, 20):
+        mean = table[tokens - 1] @ np.arange(1, 21)
+        assert mean == pytest.approx(steps_per_request_exact(np.asarray(pmf), tokens + 1), rel=1e-12)
 
 
 def test_an_overloaded_server_has_numbers_and_a_closed_loop_an_error():

@@ -4,6 +4,8 @@ Both come with intervals: the whole prediction is repeated for draws of what is 
 fit transfers), and the central 90 % of each metric are told. They say nothing of acceptance, which is as given.
 """
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +22,7 @@ from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.principles import KEY, prior_draws, transfer, unmeasured_deployment
 from diffspec.hardware import Accelerator
 from diffspec.parameters import parameter_infos
-from diffspec.resources import BATCHED_TOKENS, MEMORY_SHARE, RESERVE_BYTES, energy_per_token, memory_plan
+from diffspec.resources import BATCHED_TOKENS, MEMORY_SHARE, RESERVE_BYTES, MemoryPlan, energy_per_token, memory_plan
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import ServingModel
 from diffspec.step_time import BatchState
@@ -30,6 +32,8 @@ DRAWS, LEVEL = 128, 0.9
 _LATENCIES = ("ttft", "itl", "tpot", "e2e_latency")
 METRICS = (*_LATENCIES, "throughput", "capacity", "utilization", "effective_batch_size", "speedup")
 """Metrics that come with an interval."""
+VLLM_METHODS = {"model": "draft_model", "ngram": "ngram"}
+"""Drafter kind -> method of vLLM's --speculative-config, where the kind tells it."""
 DOES_NOT_FIT = "does_not_fit"
 """Outcome of a pair whose weights and activations leave no room for one request."""
 
@@ -61,30 +65,74 @@ def intervals(models: ServingModel, workload: Workload, config: Configuration) -
         "level": LEVEL,
         "draws": int(saturated.size),
         "saturated_share": float(saturated.mean()),
-        "metrics": {name: _spread(values) for name, values in found.items()},
+        "metrics": {name: spread(values) for name, values in found.items()},
     }
 
 
-def _spread(values) -> dict[str, float | None]:
+def spread(values) -> dict[str, float | None]:
+    """The central :data:`LEVEL` of draws: low, median and high, None where infinite."""
     edges = (0.5 - LEVEL / 2, 0.5, 0.5 + LEVEL / 2)
     low, median, high = np.quantile(np.asarray(values), edges, method="nearest")  # infinite ones cannot be averaged
     return {"low": finite(low), "median": finite(median), "high": finite(high)}
 
 
-def predict_before_traces(
-    pair: FirstPrinciples,
-    workload: Workload,
-    draft_length: float,
-    *,
-    acceptance: AbstractAcceptance | None = None,
-    max_batch_size: float | None = None,
-) -> dict[str, Any]:
-    """:func:`diffspec.analysis.answers.predict_answer` from first principles alone, with ``intervals``, the ``memory``
-    plan, ``energy_per_token`` and ``assumptions``.
+@dataclass(frozen=True)
+class Unmeasured:
+    """A deployment that nothing was measured of: from first principles, or a fitted one moved to other hardware.
 
-    The numbers themselves are those at the centre of the priors. Outcome ``does_not_fit`` where the memory of a device
-    does not hold the weights and one request. Errors: :class:`InputError` for drafting without drafter or acceptance.
+    ``deployment``: at the centre of what is not known; ``models()``: :data:`DRAWS` serving models drawn from it, one
+    with a leading axis; ``plan``: what its memory holds; ``assumptions``: one line each
     """
+
+    deployment: FittedDeployment
+    pair: FirstPrinciples
+    plan: MemoryPlan
+    models: Callable[[], ServingModel]
+    assumptions: list[str]
+
+    def told(self) -> dict[str, Any]:
+        """What every answer about it tells beside its own: ``memory`` and ``assumptions``."""
+        return {"memory": self.plan.to_dict(), "assumptions": self.assumptions}
+
+
+def each(models: ServingModel) -> Iterator[ServingModel]:
+    """The models of a leading axis one by one, for programs that are compiled for one already."""
+    models = jax.tree.map(partial(np.asarray, dtype=float), models)
+    for index in range(jax.tree.leaves(models)[0].shape[0]):
+        yield jax.tree.map(lambda leaf, index=index: leaf[index], models)
+
+
+def before_traces(pair: FirstPrinciples, max_batched_tokens: float | None = None) -> Unmeasured:
+    """The pair before any trace; ``max_batched_tokens`` [tok], where given, also bounds its activations."""
+    tokens = BATCHED_TOKENS if max_batched_tokens is None else max_batched_tokens
+    plan = memory_plan(pair, batched_tokens=tokens)
+    deployment = unmeasured_deployment(pair, plan)
+    deployment.defaults["method"] = VLLM_METHODS.get(pair.drafter_kind)
+    return Unmeasured(deployment, pair, plan, partial(prior_draws, pair, DRAWS), _assumptions(pair, tokens))
+
+
+def moved(
+    deployment: FittedDeployment,
+    hardware: Accelerator,
+    tensor_parallel: int | None = None,
+    max_batched_tokens: float | None = None,
+) -> Unmeasured:
+    """A fitted deployment on other hardware (:func:`diffspec.fitting.principles.transfer`)."""
+    there, errors = transfer(deployment, hardware, tensor_parallel)
+    pair = FirstPrinciples.from_dict(there.defaults[KEY])
+    tokens = BATCHED_TOKENS if max_batched_tokens is None else max_batched_tokens
+    sizes = ", ".join(sorted({f"{sd:g}" for sd in errors.values()}))
+    assumptions = [
+        there.warnings[-1],
+        f"log-normal errors of the ratios: {sizes} (bandwidth, peak, overheads)",
+        *_assumptions(pair, tokens)[1:2],
+    ]
+    models = partial(draws, there.serving, errors, DRAWS)
+    return Unmeasured(there, pair, memory_plan(pair, batched_tokens=tokens), models, assumptions)
+
+
+def check_drafting(pair: FirstPrinciples, draft_length: float, acceptance: AbstractAcceptance | None) -> None:
+    """Raise :class:`InputError` for drafting without a drafter or an acceptance."""
     if draft_length > 0 and not pair.drafter_kind:
         raise InputError(
             f"draft_length {draft_length:g} needs a drafter: give --drafter config.json, or --drafter-kind head, block "
@@ -95,18 +143,39 @@ def predict_before_traces(
             f"draft_length {draft_length:g} needs an acceptance, which no architecture tells: give --acceptance-rate, "
             "--tokens-per-step or --position-acceptance"
         )
-    plan = memory_plan(pair)
-    deployment = unmeasured_deployment(pair, plan)
-    config = deployment.configuration(float(draft_length), acceptance=acceptance, max_batch_size=max_batch_size)
-    told = {"memory": plan.to_dict(), "assumptions": _assumptions(pair)}
-    answer = predict_answer(deployment, workload, config)
-    if not plan.fits:
-        return _nothing(answer) | {"outcome": DOES_NOT_FIT, "intervals": None, "energy_per_token": None} | told
+
+
+def predict_unmeasured(subject: Unmeasured, workload: Workload, config: Configuration) -> dict[str, Any]:
+    """:func:`diffspec.analysis.answers.predict_answer` with ``intervals``, ``memory``, ``energy_per_token`` and
+    ``assumptions``. Outcome ``does_not_fit`` where the memory of a device does not hold the weights and one request."""
+    answer = predict_answer(subject.deployment, workload, config)
+    if not subject.plan.fits:
+        nothing = {"outcome": DOES_NOT_FIT, "intervals": None, "energy_per_token": None}
+        return _nothing(answer) | nothing | subject.told()
     return answer | {
-        "intervals": intervals(prior_draws(pair, DRAWS), workload, config),
-        "energy_per_token": _energy(pair, deployment.serving, config, answer),
-        **told,
+        "intervals": intervals(subject.models(), workload, config),
+        "energy_per_token": _energy(subject.pair, subject.deployment.serving, config, answer),
+        **subject.told(),
     }
+
+
+def predict_before_traces(
+    pair: FirstPrinciples,
+    workload: Workload,
+    draft_length: float,
+    *,
+    acceptance: AbstractAcceptance | None = None,
+    max_batch_size: float | None = None,
+    max_batched_tokens: float | None = None,
+) -> dict[str, Any]:
+    """:func:`predict_unmeasured` from first principles alone. The numbers themselves are those at the centre of the
+    priors. Errors: :class:`InputError` for drafting without drafter or acceptance.
+    """
+    check_drafting(pair, draft_length, acceptance)
+    subject = before_traces(pair, max_batched_tokens)
+    caps = {"max_batch_size": max_batch_size, "max_batched_tokens": max_batched_tokens}
+    config = subject.deployment.configuration(float(draft_length), acceptance=acceptance, **caps)
+    return predict_unmeasured(subject, workload, config)
 
 
 def predict_transferred(
@@ -118,29 +187,13 @@ def predict_transferred(
     tensor_parallel: int | None = None,
     acceptance: AbstractAcceptance | None = None,
     max_batch_size: float | None = None,
+    max_batched_tokens: float | None = None,
 ) -> dict[str, Any]:
-    """:func:`predict_answer` of a fitted deployment on other hardware; keys as :func:`predict_before_traces`."""
-    moved, spread = transfer(deployment, hardware, tensor_parallel)
-    pair = FirstPrinciples.from_dict(moved.defaults[KEY])
-    plan = memory_plan(pair)
-    config = moved.configuration(float(draft_length), acceptance=acceptance, max_batch_size=max_batch_size)
-    answer = predict_answer(moved, workload, config)
-    told = {
-        "memory": plan.to_dict(),
-        "assumptions": [
-            moved.warnings[-1],
-            f"log-normal errors of the ratios: {', '.join(sorted({f'{sd:g}' for sd in spread.values()}))} "
-            "(bandwidth, peak, overheads)",
-            *_assumptions(pair)[1:2],
-        ],
-    }
-    if not plan.fits:
-        return _nothing(answer) | {"outcome": DOES_NOT_FIT, "intervals": None, "energy_per_token": None} | told
-    return answer | {
-        "intervals": intervals(draws(moved.serving, spread, DRAWS), workload, config),
-        "energy_per_token": _energy(pair, moved.serving, config, answer),
-        **told,
-    }
+    """:func:`predict_unmeasured` of a fitted deployment on other hardware."""
+    subject = moved(deployment, hardware, tensor_parallel, max_batched_tokens)
+    caps = {"max_batch_size": max_batch_size, "max_batched_tokens": max_batched_tokens}
+    config = subject.deployment.configuration(float(draft_length), acceptance=acceptance, **caps)
+    return predict_unmeasured(subject, workload, config)
 
 
 def _nothing(answer: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +233,7 @@ def _energy(pair: FirstPrinciples, serving: ServingModel, config: Configuration,
     return {"joules": finite(joules), "power": finite(power), "sequences": sequences}
 
 
-def _assumptions(pair: FirstPrinciples) -> list[str]:
+def _assumptions(pair: FirstPrinciples, batched_tokens: float) -> list[str]:
     """What the prediction takes for granted, one line each."""
     infos = parameter_infos(Efficiency())
     drawn = draws(Efficiency(), SPREAD, DRAWS)
@@ -190,12 +243,12 @@ def _assumptions(pair: FirstPrinciples) -> list[str]:
         f"{device.name}: {device.memory_bandwidth / 1e12:g} TB/s, {device.flops('bf16') / 1e12:g} TFLOP/s (bf16, "
         f"dense), {device.power_limit:g} W ({device.source})",
         f"memory: {MEMORY_SHARE:.0%} of the device, of it {RESERVE_BYTES / 1e9:g} GB for the runtime, and activations "
-        f"of {BATCHED_TOKENS} tokens",
+        f"of {batched_tokens:g} tokens",
     ]
     for path, info in infos.items():
-        spread = _spread(getattr(drawn, path))
+        told = spread(getattr(drawn, path))
         unit = "" if info.unit == "1" else f" {info.unit}"
-        lines.append(f"{info.meaning}: {spread['median']:.3g}{unit} ({spread['low']:.3g} to {spread['high']:.3g})")
+        lines.append(f"{info.meaning}: {told['median']:.3g}{unit} ({told['low']:.3g} to {told['high']:.3g})")
     lines.append("how requests share prefill and first steps is a prior too")
     if pair.drafter_kind:
         lines.append(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.analysis.answers import FAST_COMPILE, METRICS, finite
+from diffspec.analysis.before_traces import DOES_NOT_FIT, LEVEL, Unmeasured, each, spread
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.parameters import get_parameters, parameter_infos, set_parameters
@@ -40,6 +41,30 @@ def _elasticities(metric: str, serving: ServingModel, workload: Workload, config
     return gradients, prediction
 
 
+def sensitivity_unmeasured(
+    subject: Unmeasured, workload: Workload, config: Configuration, metric: str = "e2e_mean"
+) -> dict[str, Any]:
+    """:func:`sensitivity` of what was not measured, with ``intervals`` of the elasticities over the draws of what is
+    not known (``elasticities[name]`` = low, median, high), ``memory`` and ``assumptions``.
+
+    None of them where it does not fit.
+    """
+    answer = sensitivity(subject.deployment, workload, config, metric)
+    if not subject.plan.fits:
+        nothing = {"value": None, "outcome": DOES_NOT_FIT, "elasticities": [], "intervals": None}
+        return answer | nothing | subject.told()
+    workload, config = (jax.tree.map(lambda leaf: np.asarray(leaf, dtype=float), part) for part in (workload, config))
+    found = [_elasticities(metric, model, workload, config)[0] for model in each(subject.models())]
+    slopes = {
+        name.removeprefix("step_time."): [float(draw[group][name]) for draw in found]
+        for group in (0, 1)
+        for name in found[0][group]
+    }
+    shown = [row["name"] for row in answer["elasticities"] if row["elasticity"] is not None]
+    told = {"level": LEVEL, "draws": len(found), "elasticities": {name: spread(slopes[name]) for name in shown}}
+    return answer | {"intervals": told} | subject.told()
+
+
 def sensitivity(
     deployment: FittedDeployment, workload: Workload, config: Configuration, metric: str = "e2e_mean"
 ) -> dict[str, Any]:
@@ -48,7 +73,8 @@ def sensitivity(
     An elasticity of 0.7 says: 1 % more of the input gives 0.7 % more of the metric. Returns ``{"metric", "value",
     "outcome", "elasticities": [{"name", "kind", "elasticity", "value", "unit"}], "warnings"}``, kind ``"parameter"`` or
     ``"workload"``; at saturation the value is None and the elasticities are those at 0.999 of
-    capacity, with a warning.
+    capacity, with a warning. An elasticity that does not exist is None, and a warning says why: all of a metric that is
+    0 or infinite, and those that are not finite.
     Errors: :class:`InputError` for an unknown metric.
     """
     if metric not in METRICS:
@@ -59,11 +85,13 @@ def sensitivity(
     workload, config = (jax.tree.map(lambda leaf: np.asarray(leaf, dtype=float), part) for part in (workload, config))
     (by_parameter, by_field), prediction = _elasticities(metric, serving, workload, config)
     infos = parameter_infos(deployment.serving)
+    found = float(getattr(prediction, METRICS[metric]))
+    moves = finite(found) is not None and found > 0  # else it has no logarithm, and no slope of that
     rows = [
         {
             "name": path.removeprefix("step_time."),
             "kind": "parameter",
-            "elasticity": finite(by_parameter[path]),
+            "elasticity": finite(by_parameter[path]) if moves else None,
             "value": value,
             "unit": infos[path].unit,
         }
@@ -72,7 +100,7 @@ def sensitivity(
     for name, slope in by_field.items():
         value = float(getattr(workload, name))
         if value > 0:
-            entry = {"elasticity": finite(slope), "value": value, "unit": WORKLOAD_UNITS[name]}
+            entry = {"elasticity": finite(slope) if moves else None, "value": value, "unit": WORKLOAD_UNITS[name]}
             rows.append({"name": name, "kind": "workload"} | entry)
     rows.sort(key=lambda row: -abs(row["elasticity"] or 0.0))
     outcome = outcome_name(prediction.result)
@@ -82,5 +110,12 @@ def sensitivity(
     )
     if outcome == "saturated":
         warnings.append("saturated: elasticities are those at 0.999 of capacity, where the load itself cannot move")
-    value = None if outcome == "saturated" else finite(getattr(prediction, METRICS[metric]))
+    if not moves:
+        told = "0" if found == 0 else "unbounded"
+        warnings.append(f"{metric} is {told} here, so nothing moves it by a percentage: there are no elasticities")
+    elif missing := [row["name"] for row in rows if row["elasticity"] is None]:
+        warnings.append(
+            f"no elasticity (the derivative is not finite) for {', '.join(missing)}: {metric} has a kink there"
+        )
+    value = None if outcome == "saturated" else finite(found)
     return {"metric": metric, "value": value, "outcome": outcome, "elasticities": rows, "warnings": warnings}

@@ -59,6 +59,12 @@ def simulate_answer(
         for metric, name in (("ttft", "ttft"), ("tpot", "tpot"), ("e2e", "e2e_latency"), ("itl", "itl"))
     }
     notes = list(model["warnings"])
+    measured = deployment.defaults.get("max_batched_tokens")
+    if measured is not None and config.max_batched_tokens is None:
+        notes.append(
+            f"measured with a token budget of {measured:g}, which neither the simulation nor the model was asked with: "
+            f"--max-batched-tokens {measured:g} asks both"
+        )
     if output_law == "geometric":
         notes.append("the model's percentiles take output_scv for a lognormal law; the simulated lengths are geometric")
     answer = found.summary() | {
@@ -73,7 +79,7 @@ def simulate_answer(
 
 
 def engine_of(deployment: FittedDeployment, workload: Workload, config: Configuration) -> Engine:
-    """The simulated engine of a configuration; the token budget is the measured one unless it names one."""
+    """The simulated engine of a configuration: the same caps and token budget that the model is asked with."""
     length = float(config.draft_length)
     if length != round(length):
         raise InputError(f"draft_length: got {length:g}; allowed: a whole number, an engine drafts whole tokens")
@@ -82,15 +88,13 @@ def engine_of(deployment: FittedDeployment, workload: Workload, config: Configur
         if not isinstance(config.acceptance, AbstractPositionwise):
             raise InputError("simulate needs the acceptance of each draft position; allowed: a chain, not a tree")
         rates = tuple(float(rate) for rate in config.acceptance.conditional_rates(length)[: round(length)])
-    budget = config.max_batched_tokens
-    budget = deployment.defaults.get("max_batched_tokens") if budget is None else budget
     return Engine(
         round(length),
         rates,
         float(config.draft_probability),
         max_batch_size=_whole(config.max_batch_size),
         kv_capacity_tokens=_whole(config.kv_capacity_tokens),
-        max_batched_tokens=_whole(budget),
+        max_batched_tokens=_whole(config.max_batched_tokens),
         prefix_hit_rate=float(workload.prefix_hit_rate),
         request_overhead=float(deployment.serving.request_overhead),
     )

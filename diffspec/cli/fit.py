@@ -11,18 +11,13 @@ from diffspec.cli.options import (
     AllRows,
     AsJson,
     Assignments,
-    Drafter,
-    DrafterKind,
-    Hardware,
     Identity,
-    TensorParallel,
-    Verifier,
     read_columns,
     read_curve,
-    read_pair,
 )
 from diffspec.cli.output import deliver, note, progress_bar
 from diffspec.cli.prepare import prepare_jax
+from diffspec.cli.subject import Drafter, DrafterKind, Hardware, TensorParallel, Verifier, read_pair
 
 
 def command(

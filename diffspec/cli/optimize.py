@@ -1,26 +1,26 @@
 """`diffspec optimize`: the draft length for each load."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from diffspec.cli.options import (
     AsJson,
-    ModelPath,
     Out,
     PlotPath,
     WorkloadOptions,
     parse_capture_sizes,
-    read_model,
-    with_workload,
+    with_options,
 )
 from diffspec.cli.output import deliver, note, progress_bar
 from diffspec.cli.prepare import prepare_jax
+from diffspec.cli.subject import SubjectOptions
 
 
-@with_workload
+@with_options
 def command(
-    model: ModelPath,
+    subject: SubjectOptions,
     asked: WorkloadOptions,
     max_draft_length: Annotated[int, typer.Option(metavar="K", help="Longest draft to consider.")] = 8,
     slo: Annotated[
@@ -43,18 +43,20 @@ def command(
     Loads are one number, a list 1,2,4 or an inclusive range first:last:step.
 
     Example: diffspec optimize model.json --arrival-rate 0.5:6:0.5 --max-draft-length 8 --slo "ttft_mean<0.5"
+
+    Before any trace, or on other hardware: --verifier and --hardware as predict takes them.
     """
     prepare_jax()
-    from diffspec.optimizing.policy import optimize
+    from diffspec.optimizing.policy import optimize, optimize_unmeasured
     from diffspec.report import tables
 
-    deployment = read_model(model).deployment(asked.deployment)
+    deployment, unmeasured = subject.find(asked, max_draft_length)
     loop, loads = asked.loads()
-    prompt, output, notes = asked.lengths(deployment)
+    prompt, output, notes = asked.lengths(deployment.measured)
     acceptance = asked.acceptance_model(None)
     with progress_bar("optimize") as progress:
-        answer = optimize(
-            deployment,
+        choose = partial(optimize, deployment) if unmeasured is None else partial(optimize_unmeasured, unmeasured)
+        answer = choose(
             loads=loads,
             loop=loop,
             prompt_length=prompt,
@@ -77,6 +79,6 @@ def command(
         from diffspec.report import figures
 
         files[plot] = figures.png(figures.policy(answer))
-    deliver(answer, tables.policy, as_json=as_json, out=out, files=files, inputs=(model,))
+    deliver(answer, tables.policy, as_json=as_json, out=out, files=files, inputs=subject.inputs)
     if answer["outcome"] != "successful":
         raise typer.Exit(1)

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +13,6 @@ import typer
 if TYPE_CHECKING:
     from diffspec.acceptance import AbstractAcceptance
     from diffspec.configuration import Configuration
-    from diffspec.first_principles import FirstPrinciples
     from diffspec.fitting.deployment import FittedDeployment, FittedModel
     from diffspec.workload import Workload
 
@@ -47,36 +46,6 @@ Assignments = Annotated[
 Identity = Annotated[
     Path | None, typer.Option("--identity", metavar="FILE.YAML", help="Columns for every row, as a YAML mapping.")
 ]
-_HARDWARE = "Before any trace, or on other hardware"
-Verifier = Annotated[
-    Path | None,
-    typer.Option(
-        "--verifier", metavar="CONFIG.JSON", rich_help_panel=_HARDWARE, help="The model's Hugging Face config.json."
-    ),
-]
-Drafter = Annotated[
-    Path | None,
-    typer.Option(
-        "--drafter", metavar="CONFIG.JSON", rich_help_panel=_HARDWARE, help="The drafter's, where it has one."
-    ),
-]
-Hardware = Annotated[
-    str | None,
-    typer.Option("--hardware", metavar="NAME", rich_help_panel=_HARDWARE, help="Such as h200; '?' lists the presets."),
-]
-TensorParallel = Annotated[
-    int | None,
-    typer.Option("--tensor-parallel", metavar="N", rich_help_panel=_HARDWARE, help="Devices that share the weights."),
-]
-DrafterKind = Annotated[
-    str | None,
-    typer.Option(
-        "--drafter-kind",
-        metavar="KIND",
-        rich_help_panel=_HARDWARE,
-        help="model, head (EAGLE-like), block or ngram; default: model with --drafter.",
-    ),
-]
 AllRows = Annotated[bool, typer.Option("--all-rows", help="Use rows that are not stationary too.")]
 DraftLength = Annotated[
     float, typer.Option("--draft-length", metavar="K", help="Drafted tokens per step; 0 for no speculation.")
@@ -91,7 +60,7 @@ def _option(name: str, metavar: str, panel: str, text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class WorkloadOptions:
-    """The options that say what is asked: one load, lengths, acceptance and caps; see :func:`with_workload`."""
+    """The options that say what is asked: one load, lengths, acceptance and caps; see :func:`with_options`."""
 
     arrival_rate: Annotated[
         str | None, _option("--arrival-rate", "X", _LOAD, "Open loop: mean arrivals per second, req/s.")
@@ -138,12 +107,7 @@ class WorkloadOptions:
     ] = None
     max_batched_tokens: Annotated[
         float | None,
-        _option(
-            "--max-batched-tokens",
-            "T",
-            _SERVER,
-            "Token budget of a step, splits prompts; simulate: default as measured.",
-        ),
+        _option("--max-batched-tokens", "T", _SERVER, "Token budget of a step, which splits prompts; default: none."),
     ] = None
     deployment: Annotated[
         str | None, _option("--deployment", "D", _SERVER, "Which deployment, where the model has several.")
@@ -174,26 +138,28 @@ class WorkloadOptions:
             raise InputError(
                 f"--{loop.replace('_', '-')}: got {len(loads)} loads; allowed: one number (optimize takes ranges)"
             )
-        prompt, output, notes = self.lengths(deployment)
+        prompt, output, notes = self.lengths(deployment.measured)
         return Workload(prompt_length=prompt, output_length=output, **{loop: loads[0]}, **self.details()), notes
 
-    def details(self) -> dict[str, float]:
+    def details(self) -> dict[str, Any]:
         """Fields of the workload beside load and lengths, those that were given."""
         fields = {name: getattr(self, name) for name in ("output_scv", "prefix_hit_rate")}
         return {name: value for name, value in fields.items() if value is not None}
 
-    def lengths(self, deployment: "FittedDeployment") -> tuple[float, float, list[str]]:
-        """(prompt_length, output_length) as given, else the only measured ones, with notes that say so."""
+    def lengths(self, known: Mapping[str, Any]) -> tuple[float, float, list[str]]:
+        """(prompt_length, output_length) as given, else the only ``known`` (measured) ones, with notes that say so."""
         from diffspec.results import InputError
         from diffspec.workload import Workload
 
         found, notes = [], []
         for name in ("prompt_length", "output_length"):
-            value, measured = getattr(self, name), deployment.measured.get(name)
+            value, measured = getattr(self, name), known.get(name)
             option = f"--{name.replace('_', '-')}"
             if value is None:
-                if not measured or measured[0] != measured[1]:
-                    span = f"{measured[0]:g} to {measured[1]:g}" if measured else "none"
+                if not measured:
+                    raise InputError(f"{option} is needed: no trace tells it")
+                if measured[0] != measured[1]:
+                    span = f"{measured[0]:g} to {measured[1]:g}"
                     raise InputError(f"{option} is needed: the measured ones differ ({span} tok)")
                 value = float(measured[0])
                 notes.append(f"{option} not given: {value:g} tok, as in every measured row")
@@ -244,16 +210,16 @@ class WorkloadOptions:
         )
 
 
-def with_workload(command: Callable) -> Callable:
-    """Give a command whose parameter ``asked`` is a :class:`WorkloadOptions` those options in the command line."""
+def with_options(command: Callable) -> Callable:
+    """Give a command, for each parameter annotated with a dataclass of options, those options in the command line."""
     signature = inspect.signature(command)
-    names = [field.name for field in dataclasses.fields(WorkloadOptions)]
-    parameters = []
+    parameters, groups = [], {}
     for parameter in signature.parameters.values():
-        if parameter.name != "asked":
+        if not dataclasses.is_dataclass(parameter.annotation):
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
             continue
-        for field in dataclasses.fields(WorkloadOptions):
+        groups[parameter.name] = parameter.annotation
+        for field in dataclasses.fields(parameter.annotation):
             parameters.append(
                 inspect.Parameter(
                     field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
@@ -262,41 +228,16 @@ def with_workload(command: Callable) -> Callable:
 
     @wraps(command)
     def run(**values):
-        return command(asked=WorkloadOptions(**{name: values.pop(name) for name in names}), **values)
+        made = {
+            name: options(**{field.name: values.pop(field.name) for field in dataclasses.fields(options)})
+            for name, options in groups.items()
+        }
+        return command(**made, **values)
 
     del run.__wrapped__  # else its signature and annotations would be read instead
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
-
-
-def read_pair(
-    verifier: Path,
-    drafter: Path | None,
-    hardware: str | None,
-    tensor_parallel: int | None,
-    drafter_kind: str | None,
-    *,
-    prompt_length: float | None = None,
-    output_length: float | None = None,
-) -> "FirstPrinciples":
-    """Verifier, drafter and hardware as asked; the lengths only where they are known."""
-    from diffspec.architecture import read_architecture
-    from diffspec.first_principles import FirstPrinciples
-    from diffspec.hardware import PRESETS, accelerator
-    from diffspec.results import InputError
-
-    if hardware is None:
-        raise InputError(f"--hardware is missing; allowed: {', '.join(PRESETS)}")
-    lengths = {"prompt_length": prompt_length, "output_length": output_length}
-    return FirstPrinciples(
-        verifier=read_architecture(verifier),
-        hardware=accelerator(hardware),
-        drafter=None if drafter is None else read_architecture(drafter),
-        drafter_kind=drafter_kind or "",
-        tensor_parallel=1 if tensor_parallel is None else tensor_parallel,
-        **{name: float(value) for name, value in lengths.items() if value is not None},
-    )
 
 
 def parse_loads(text: str, option: str) -> list[float]:

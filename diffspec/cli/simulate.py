@@ -5,16 +5,17 @@ from typing import Annotated
 
 import typer
 
-from diffspec.cli.options import AsJson, DraftLength, ModelPath, Out, WorkloadOptions, read_model, with_workload
+from diffspec.cli.options import AsJson, DraftLength, Out, WorkloadOptions, with_options
 from diffspec.cli.output import deliver, note, progress_bar
 from diffspec.cli.prepare import prepare_jax
+from diffspec.cli.subject import SubjectOptions
 
 _SIMULATION = "Simulation"
 
 
-@with_workload
+@with_options
 def command(
-    model: ModelPath,
+    subject: SubjectOptions,
     asked: WorkloadOptions,
     draft_length: DraftLength,
     requests: Annotated[
@@ -44,15 +45,20 @@ def command(
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
-    """Simulate the fitted engine request by request, beside what the model predicts. Exit code 1 if it saturates.
+    """Simulate the engine request by request, beside what the model predicts. Exit code 1 if it saturates.
 
     Example: diffspec simulate model.json --arrival-rate 3 --draft-length 4 --max-batch-size 16 --requests 500
+
+    Before any trace, or on other hardware: --verifier and --hardware as predict takes them.
     """
     prepare_jax()
     from diffspec.analysis.simulated import request_table, simulate_answer
     from diffspec.report import tables
+    from diffspec.results import NoResultError
 
-    deployment = read_model(model).deployment(asked.deployment)
+    deployment, unmeasured = subject.find(asked, draft_length)
+    if unmeasured is not None and not unmeasured.plan.fits:
+        raise NoResultError("verifier and drafter do not fit into the memory of the device: predict says by how much")
     workload, notes = asked.workload(deployment)
     with progress_bar("simulate") as progress:
         answer, found = simulate_answer(
@@ -66,9 +72,11 @@ def command(
             finite=finite,
             progress=lambda share: progress("simulate", share),
         )
+    if unmeasured is not None:
+        answer |= unmeasured.told()
     note(notes)
     note(answer["warnings"], "warning")
     files = {} if table is None else {table: request_table(found)}
-    deliver(answer, tables.simulation, as_json=as_json, out=out, files=files, inputs=(model,))
+    deliver(answer, tables.simulation, as_json=as_json, out=out, files=files, inputs=subject.inputs)
     if answer["saturated"]:
         raise typer.Exit(1)

@@ -13,12 +13,13 @@ import numpy as np
 
 from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractAcceptance
 from diffspec.analysis.answers import FAST_COMPILE, METRICS, QUEUEING, finite
+from diffspec.analysis.before_traces import DOES_NOT_FIT, LEVEL, Unmeasured, each, spread
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.optimizing.flags import vllm_flags
 from diffspec.optimizing.limits import Limit, check_objective, parse_limit
 from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
-from diffspec.optimizing.schedule import LONGEST_SCHEDULE, batch_schedule, residence_under_schedule
+from diffspec.optimizing.schedule import LONGEST_SCHEDULE, batch_schedule, latency_under_schedule
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.staircase import StaircaseStepTime
@@ -26,7 +27,6 @@ from diffspec.workload import Workload, batched, check_range
 
 LOOPS = ("arrival_rate", "concurrency")
 OPTIMALITY_TOLERANCE = 1e-9
-UNBUDGETED = "the schedule over the batch, unlike the policy, knows no token budget"
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
@@ -39,6 +39,18 @@ def _exhaustive(longest: int, serving: ServingModel, workloads: Workload, config
         return values, prediction.result == RESULTS.saturated
 
     return jax.vmap(lambda workload: jax.vmap(lambda length: point(workload, length))(lengths))(workloads)
+
+
+def optimize_unmeasured(subject: Unmeasured, **asked: Any) -> dict[str, Any]:
+    """:func:`optimize` of what was not measured, with ``intervals`` of each load's draft length over the draws of what
+    is not known, ``memory`` and ``assumptions``; outcome ``does_not_fit``, without a policy, where it does not fit."""
+    answer = optimize(subject.deployment, draws=subject.models(), **asked)
+    if not subject.plan.fits:
+        empty = {name: [] for name in ("policy", "table", "schedule", "schedule_vs_static")}
+        flags = dict.fromkeys(answer["flags"])
+        answer |= dict.fromkeys(("static_draft_length", "optimality_gap", "infeasible", "intervals"))
+        answer |= empty | {"outcome": DOES_NOT_FIT, "flags": flags, "warnings": []}
+    return answer | subject.told()
 
 
 def optimize(
@@ -58,6 +70,7 @@ def optimize(
     prefix_hit_rate: float = 0.0,
     capture_sizes: Sequence[int] | None = None,
     drafter_params: float | None = None,
+    draws: ServingModel | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[str, Any]:
     """Best draft length at each load: relaxed over [1, K] with implicit gradients, rounded, checked exhaustively.
@@ -67,6 +80,8 @@ def optimize(
     * ``capture_sizes`` [tok]: batches that the engine pads to (CUDA graphs); the smooth relaxation is then rounded,
       checked and reported on that staircase (:class:`diffspec.staircase.StaircaseStepTime`)
     * k = 0 (no speculation) is a branch of its own, always compared, feasible or not like any other
+    * ``draws``: serving models with a leading axis, drawn from what is not known; adds ``intervals``, how the best
+      draft length of each load varies over them
 
     Returns plain data: ``outcome`` (``successful`` when some load has a feasible draft length, else ``infeasible`` or
     ``saturated``), ``policy`` (ranges of loads with one draft length; metrics and headroom are those at load_to, the
@@ -89,12 +104,10 @@ def optimize(
     check_range("output_scv", float(output_scv), 0, 100, low_open=False, unit="(squared coefficient of variation)")
     check_range("prefix_hit_rate", float(prefix_hit_rate), 0, 1, low_open=False, unit="(share of the prompt)")
     report = progress or (lambda what, share: None)
-    smooth = scored = deployment.serving
-    if capture_sizes is not None:
-        scored = replace(
-            smooth, step_time=StaircaseStepTime(inner=smooth.step_time, capture_sizes=tuple(capture_sizes))
-        )
-    smooth, serving = (jax.tree.map(np.asarray, model) for model in (smooth, scored))
+    smooth, serving = (
+        jax.tree.map(np.asarray, model)
+        for model in (deployment.serving, on_captured_sizes(deployment.serving, capture_sizes))
+    )
     config = deployment.configuration(
         float(max_draft_length),
         acceptance=acceptance,
@@ -118,6 +131,11 @@ def optimize(
     plain_known = deployment.plain_measured
     if not plain_known:  # what a server without its drafter would do was not measured: no candidate
         saturated = saturated | (np.arange(max_draft_length + 1) == 0)
+    varied = None
+    if draws is not None:
+        models = each(on_captured_sizes(draws, capture_sizes))
+        drawn = [_exhaustive(max_draft_length, model, workloads, config) for model in models]
+        varied = _intervals(loads, drawn, plain_known, limits, objective)
     report("relaxed draft length", 0.4)
     starts = jnp.asarray(np.unique([1.0, math.sqrt(max_draft_length), float(max_draft_length)]))
     relaxed = np.asarray(relaxed_draft_lengths(objective, limits, max_draft_length, smooth, workloads, config, starts))
@@ -135,14 +153,14 @@ def optimize(
     ]
     one = jax.tree.map(lambda leaf: leaf[0], workloads)
     batches = _schedule_length(config, one)
-    schedule, residence = batch_schedule(serving, one, config, max_draft_length, batches)
+    schedule = batch_schedule(serving, one, config, max_draft_length, batches)
     static = _best_static(metrics, saturated, limits, objective)
     report("done", 1.0)
     feasible = [entry for entry in table if entry["feasible"]]
     outcome = "successful" if feasible else "saturated" if saturated.all() else "infeasible"
     method, drafter = (deployment.defaults.get(name) for name in ("method", "drafter"))
     gaps = [entry["optimality_gap"] for entry in feasible if entry["optimality_gap"] is not None]
-    return {
+    answer = {
         "outcome": outcome,
         "objective": objective,
         "limits": [limit.text for limit in limits],
@@ -151,11 +169,11 @@ def optimize(
         "policy": _merge(table),
         "table": table,
         "static_draft_length": static,
-        "schedule": schedule,
+        "schedule": schedule.ranges,
         "schedule_vs_static": [
             {
                 "load": entry["load"],
-                "e2e_schedule": residence_under_schedule(residence, entry["load"], loop),
+                "e2e_schedule": latency_under_schedule(schedule, entry["load"], loop),
                 "e2e_static": None
                 if static is None or saturated[i][static]
                 else finite(metrics["e2e_mean"][i][static]),
@@ -163,17 +181,34 @@ def optimize(
             }
             for i, entry in enumerate(table)
         ],
-        "flags": vllm_flags(static or 0, schedule if feasible else [[1, batches, 0]], method, drafter),
+        "flags": vllm_flags(static or 0, schedule.ranges if feasible else [[1, batches, 0]], method, drafter),
         "optimality_gap": max(gaps) if gaps else None,
         "infeasible": None if feasible else table[0]["violations"],
         "warnings": _caveats(deployment, loads, loop, prompt_length, output_length, max_draft_length, acceptance)
-        + _queueing(table, loop, config, one)
-        + (
-            []
-            if max_batched_tokens is None
-            else ["the schedule over the batch, unlike the policy, knows no token budget"]
-        ),
+        + _queueing(table, loop, config, one),
     }
+    return answer if draws is None else answer | {"intervals": varied}
+
+
+def on_captured_sizes(serving: ServingModel, capture_sizes: Sequence[int] | None) -> ServingModel:
+    """The model on the staircase of an engine that pads its batches; as it is without sizes."""
+    if capture_sizes is None:
+        return serving
+    return replace(serving, step_time=StaircaseStepTime(inner=serving.step_time, capture_sizes=tuple(capture_sizes)))
+
+
+def _intervals(loads, drawn, plain_known, limits, objective) -> dict[str, Any]:
+    """The central :data:`LEVEL` of each load's best draft length over draws that have one, and how many have."""
+    best = []
+    for metrics, saturated in jax.tree.map(np.asarray, drawn):
+        unknown = (np.arange(saturated.shape[-1]) == 0) & (not plain_known)
+        cost, _, feasible = _costs(metrics, saturated | unknown, limits, objective)
+        best.append(np.where(feasible.any(axis=1), np.argmin(np.where(feasible, cost, np.inf), axis=1), -1))
+    entries = []
+    for load, chosen in zip(loads, np.stack(best, axis=1), strict=True):
+        told = spread(chosen[chosen >= 0]) if (chosen >= 0).any() else dict.fromkeys(("low", "median", "high"))
+        entries.append({"load": float(load), "draft_length": told, "feasible_share": float((chosen >= 0).mean())})
+    return {"level": LEVEL, "draws": len(best), "loads": entries}
 
 
 def _check(loads: Sequence[float], loop: str, longest: int) -> None:

@@ -193,8 +193,14 @@ def _unmeasured(answer: Mapping[str, Any], title: str, rows: Sequence[tuple[str,
         yield table(title, ("mean", "predicted", f"{told['level']:.0%} interval"), shown)
         if told["saturated_share"]:
             yield Text(f"{percent(told['saturated_share'])} of the draws saturate")
-    yield _memory(answer["memory"], title if told is None else "memory of each device")
-    yield table("assumed", ("what",), [(line,) for line in answer["assumptions"]])
+    yield from _assumed(answer, title if told is None else "")
+
+
+def _assumed(answer: Mapping[str, Any], title: str = "") -> Iterator[RenderableType]:
+    """The memory plan and what was assumed, where an answer has them."""
+    if answer.get("memory"):
+        yield _memory(answer["memory"], title or "memory of each device")
+        yield table("assumed", ("what",), [(line,) for line in answer["assumptions"]])
 
 
 def _interval(name: str | None, edges: Mapping[str, float | None] | None) -> str:
@@ -256,6 +262,9 @@ def policy(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
                 percent(entry["headroom"]),
             )
         )
+    if answer["outcome"] == "does_not_fit":
+        yield from _assumed(answer, f"{answer['deployment']}: does_not_fit")
+        return
     columns = ("load", "draft length", *shown, "speedup", "headroom")
     best = "largest" if answer["objective"] == "throughput" else "smallest"
     yield table(f"draft length by load, {best} {answer['objective']}: {answer['outcome']}", columns, rows)
@@ -271,6 +280,19 @@ def policy(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
             yield Text(f"{name}: {flag}")
     if answer.get("optimality_gap") is not None:
         yield Text(f"the relaxation, rounded, is within {percent(answer['optimality_gap'])} of exhaustive search")
+    if answer.get("intervals"):
+        yield _draft_lengths(answer["intervals"])
+    yield from _assumed(answer)
+
+
+def _draft_lengths(told: Mapping[str, Any]) -> Table:
+    """How the best draft length varies over draws of what is not known."""
+    rows = [
+        (f"{entry['load']:g}", *map(significant, entry["draft_length"].values()), percent(entry["feasible_share"]))
+        for entry in told["loads"]
+    ]
+    columns = ("load", "low", "median", "high", "draws with an answer")
+    return table(f"best draft length, {told['level']:.0%} of {told['draws']} draws", columns, rows)
 
 
 def _schedule_against_policy(entries: list[Mapping[str, Any]]) -> Iterator[RenderableType]:
@@ -299,11 +321,23 @@ def _violations(entry: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 def sensitivities(answer: Mapping[str, Any], most: int = 20) -> Iterator[RenderableType]:
     """What `diffspec sensitivity` says: elasticities, largest first."""
+    told = answer.get("intervals")
     rows = [
-        (row["name"], row["kind"], quantity(row["value"], row["unit"]), "none" if slope is None else f"{slope:+.3f}")
+        (row["name"], row["kind"], quantity(row["value"], row["unit"]), _slope(row["elasticity"]))
+        + (() if told is None else (_slopes(told["elasticities"].get(row["name"])),))
         for row in answer["elasticities"][:most]
-        for slope in [row["elasticity"]]
     ]
     title = f"{answer['metric']} = {metric_value(answer['metric'], answer['value'])} ({answer['outcome']})"
-    yield table(title, ("name", "kind", "now", "elasticity"), rows, left=2)
-    yield Text("elasticity 0.7: 1 % more of it gives 0.7 % more of the metric")
+    if rows:
+        columns = ("name", "kind", "now", "elasticity", *(() if told is None else (f"{told['level']:.0%} interval",)))
+        yield table(title, columns, rows, left=2)
+        yield Text("elasticity 0.7: 1 % more of it gives 0.7 % more of the metric")
+    yield from _assumed(answer, "" if rows else title)
+
+
+def _slope(value: float | None) -> str:
+    return "none" if value is None else f"{value:+.3f}"
+
+
+def _slopes(edges: Mapping[str, float | None] | None) -> str:
+    return NONE if edges is None else f"{_slope(edges['low'])} to {_slope(edges['high'])}"
