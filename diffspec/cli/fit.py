@@ -35,6 +35,12 @@ def command(
     observables: Annotated[
         str | None, typer.Option(metavar="LIST", help="What to fit, such as ttft,itl; default: what is there.")
     ] = None,
+    solver: Annotated[
+        str, typer.Option(metavar="NAME", help="gauss-newton, or Optax's lbfgs or adam (slower, for comparison).")
+    ] = "gauss-newton",
+    uncertainty: Annotated[
+        str, typer.Option(metavar="NAME", help="randomised (draws that fit scattered rows), or laplace (quick, rough).")
+    ] = "randomised",
     assignments: Assignments = None,
     identity: Identity = None,
     skip_bad_rows: Annotated[
@@ -100,6 +106,8 @@ def command(
             observables=None if observables is None else tuple(name.strip() for name in observables.split(",")),
             all_rows=all_rows,
             start=start,
+            solver=solver,
+            uncertainty=uncertainty,
             progress=progress,
         )
     files: dict[Path, str | bytes] = {out: model.to_json()}

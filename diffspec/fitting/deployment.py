@@ -12,13 +12,23 @@ import numpy as np
 from diffspec.acceptance import AbstractAcceptance, MeasuredAcceptance
 from diffspec.configuration import Configuration
 from diffspec.fitting.forms import FORMS, Scales, build_form
-from diffspec.parameters import get_parameters, parameter_infos, set_parameters
+from diffspec.fitting.uncertainty import Uncertainty
+from diffspec.parameters import (
+    ParameterInfo,
+    get_parameters,
+    parameter_infos,
+    set_parameters,
+    to_constrained,
+    to_unconstrained,
+)
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
 
 SCHEMA = "diffspec-model"
 SCHEMA_VERSION = 1
 MIXED_ACCEPTANCE = 0.15
+Z_90 = 1.6448536269514722
+"""Standard deviations that hold the central 90 % of a normal distribution."""
 UNITS = {"time": "s", "rate": "req/s", "length": "tok"}
 
 
@@ -30,6 +40,7 @@ class FittedDeployment:
     * ``acceptance``: the deployment's own acceptance curves, None when no speculative row told any
     * ``defaults``: caps and reference parameter counts; ``measured``: ranges of what was measured (the hull)
     * ``quality``: fit and hold-out errors, noise, the forms compared; ``warnings``: one line each
+    * ``uncertainty``: what the fit leaves open; None where nothing was fitted or an older version fitted
     """
 
     name: str
@@ -40,6 +51,7 @@ class FittedDeployment:
     measured: dict[str, Any]
     quality: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+    uncertainty: Uncertainty | None = None
 
     @property
     def plain_measured(self) -> bool:
@@ -132,6 +144,7 @@ class FittedDeployment:
             "step_time": self.form,
             "parameters": {
                 path: {"value": float(values[path]), "unit": info.unit, "meaning": info.meaning}
+                | self._known(path, float(values[path]), info)
                 for path, info in infos.items()
             },
             "acceptance": None
@@ -147,7 +160,20 @@ class FittedDeployment:
             "measured": self.measured,
             "quality": self.quality,
             "warnings": self.warnings,
+            "uncertainty": None if self.uncertainty is None else self.uncertainty.to_dict(),
         }
+
+    def _known(self, path: str, value: float, info: ParameterInfo) -> dict[str, Any]:
+        """``low`` and ``high`` of a fitted parameter's central 90 %, and ``told``: by what share the trace narrowed its
+        prior (0: it stays where it was put, and is no knowledge)."""
+        if self.uncertainty is None or path not in self.uncertainty.paths:
+            return {}
+        index = self.uncertainty.paths.index(path)
+        spread, centre = self.uncertainty, to_unconstrained(value, info)
+        edges = (to_constrained(centre + sign * Z_90 * spread.inflated[index], info) for sign in (-1.0, 1.0))
+        low, high = (float(edge) for edge in edges)
+        told = 1.0 - spread.deviation[index] / spread.prior[index]
+        return {"low": low, "high": high, "told": float(np.clip(told, 0.0, 1.0))}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "FittedDeployment":
@@ -181,6 +207,7 @@ class FittedDeployment:
             measured=data["measured"],
             quality=data["quality"],
             warnings=list(data["warnings"]),
+            uncertainty=None if data.get("uncertainty") is None else Uncertainty.from_dict(data["uncertainty"]),
         )
 
 

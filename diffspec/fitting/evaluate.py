@@ -8,53 +8,68 @@ from typing import Any
 import numpy as np
 
 from diffspec.fitting.deployment import FittedDeployment, FittedModel
-from diffspec.fitting.objective import predict_blocks
+from diffspec.fitting.objective import predict_blocks, predict_draws
 from diffspec.fitting.observations import PREDICTED, is_endless, observations, padded, waiting_states
+from diffspec.fitting.uncertainty import LEVEL
 from diffspec.results import InputError
 from diffspec.traces import Trace, set_aside_reasons
 
 MEANS = ("ttft_mean", "itl_mean", "tpot_mean", "e2e_mean")
 SPLIT_UTILIZATION = 0.5
+DRAWS = 64
+"""Draws of the parameters behind the intervals of a row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
     """Measured and predicted values of one deployment's rows, in trace order: ``measured[name][row]`` (NaN where
     missing), ``predicted[name][row]``, and per row its utilization and whether it is ``saturated``: an open loop above
-    capacity whose number of requests is not known, so that nothing can be predicted."""
+    capacity whose number of requests is not known, so that nothing can be predicted. ``low`` and ``high``: edges of the
+    central 90 % of what would be measured, of the columns for which a fit knows them."""
 
     frame: Any
     measured: dict[str, np.ndarray]
     predicted: dict[str, np.ndarray]
     saturated: np.ndarray
     utilization: np.ndarray
+    low: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    high: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-def predict_trace(deployment: FittedDeployment, frame) -> Scored:
+def predict_trace(deployment: FittedDeployment, frame, *, with_intervals: bool = True) -> Scored:
     """Predict every row of one deployment's frame, each as the finite run it was."""
     data = observations(frame, deployment.acceptance)
     serving = dataclasses.replace(deployment.serving, waiting_states=waiting_states(data))
-    predictions = predict_blocks(serving, tuple(padded(block) for block in data.blocks))
+    blocks, known = tuple(padded(block) for block in data.blocks), deployment.uncertainty
     back = np.argsort(data.order)
-
-    def gather(field):
-        parts = zip(predictions, data.blocks, strict=True)
-        return np.concatenate([np.asarray(getattr(prediction, field))[: len(block)] for prediction, block in parts])[
-            back
-        ]
-
-    measured = {name: value[back] for name, value in data.observed.items()}
-    utilization = gather("utilization")
     ratios = deployment.quality.get("stand_in_ratios", {})
-    return Scored(
+
+    def gather(predictions, field):
+        parts = zip(predictions, data.blocks, strict=True)
+        values = [np.asarray(getattr(prediction, field))[..., : len(block)] for prediction, block in parts]
+        return np.concatenate(values, axis=-1)[..., back]
+
+    predictions = predict_blocks(serving, blocks)
+    measured = {name: value[back] for name, value in data.observed.items()}
+    fields = {name: PREDICTED.get(name.split("_")[0], "throughput") for name in measured}
+    utilization = gather(predictions, "utilization")
+    scored = Scored(
         frame=frame,
         measured=measured,
-        predicted={
-            name: gather(PREDICTED.get(name.split("_")[0], "throughput")) * ratios.get(name, 1.0) for name in measured
-        },
+        predicted={name: gather(predictions, field) * ratios.get(name, 1.0) for name, field in fields.items()},
         saturated=(utilization >= 1.0) & is_endless(data)[back],
         utilization=utilization,
     )
+    if known is None or not with_intervals:
+        return scored
+    drawn = predict_draws(known.models(serving, DRAWS), blocks)
+    share = np.clip(gather(predictions, "ttft") / gather(predictions, "e2e_latency"), 0.0, 1.0)
+    for name in measured:
+        noise = known.noise_of(name, share, data.requests[back])
+        if noise is not None:
+            values = gather(drawn, fields[name]) * ratios.get(name, 1.0)
+            scored.low[name], scored.high[name] = known.edges(values, noise)
+    return scored
 
 
 def scored_columns(scored: Scored) -> dict[str, np.ndarray]:
@@ -92,17 +107,37 @@ def error_summary(measured: np.ndarray, predicted: np.ndarray, saturated: np.nda
     }
 
 
+def interval_summary(measured: np.ndarray, low: np.ndarray, high: np.ndarray) -> dict[str, Any]:
+    """How well 90 % intervals do: ``coverage`` (share of values inside), ``interval_width`` (mean of log(high/low)) and
+    ``interval_score`` (Gneiting and Raftery 2007, in log units, smaller is better: the width, and 2/0.1 times what a
+    value lies outside)."""
+    value, low, high = (np.log(part) for part in (measured, low, high))
+    outside = np.maximum(low - value, 0.0) + np.maximum(value - high, 0.0)
+    return {
+        "coverage": float(np.mean(outside == 0.0)),
+        "interval_width": float(np.mean(high - low)),
+        "interval_score": float(np.mean(high - low + 2.0 / (1.0 - LEVEL) * outside)),
+    }
+
+
+NO_INTERVALS = {"coverage": None, "interval_width": None, "interval_score": None}
+
+
 def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
-    """Error summary per observable over several deployments, with bias below and above utilization 0.5."""
+    """Error summary per observable over several deployments, with bias below and above utilization 0.5, and how well
+    the intervals did (None where a model has none)."""
     gathered: dict[str, list[tuple[np.ndarray, ...]]] = {}
     for part in scored:
         for name, rows in scored_columns(part).items():
-            gathered.setdefault(name, []).append(
-                (part.measured[name][rows], part.predicted[name][rows], part.saturated[rows], part.utilization[rows])
-            )
+            missing = np.full(len(part.frame), np.nan)
+            edges = (part.low.get(name, missing)[rows], part.high.get(name, missing)[rows])
+            values = (part.measured[name], part.predicted[name], part.saturated, part.utilization)
+            gathered.setdefault(name, []).append((*(column[rows] for column in values), *edges))
     metrics = {}
     for name, parts in gathered.items():
-        measured, predicted, saturated, utilization = (np.concatenate(column) for column in zip(*parts, strict=True))
+        measured, predicted, saturated, utilization, low, high = (
+            np.concatenate(column) for column in zip(*parts, strict=True)
+        )
         metrics[name] = error_summary(measured, predicted, saturated)
         relative = predicted / measured - 1.0
         for side, chosen in (
@@ -111,6 +146,8 @@ def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
         ):
             chosen = chosen & ~saturated
             metrics[name][side] = float(relative[chosen].mean()) if chosen.any() else None
+        told = np.isfinite(low) & np.isfinite(high) & ~saturated
+        metrics[name] |= interval_summary(measured[told], low[told], high[told]) if told.any() else NO_INTERVALS
         if name.endswith("_p50"):
             metrics[name]["stands_in_for"] = name.replace("_p50", "_mean")
     return metrics

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from diffspec.fitting import principles
 from diffspec.fitting.deployment import FittedDeployment, FittedModel, used_versions
 from diffspec.fitting.evaluate import not_predicted, predict_trace, reason_kind, summarise
 from diffspec.fitting.forms import build_form, read_scales
+from diffspec.fitting.identify import trace_facts, untold_directions
+from diffspec.fitting.noise import repeat_weights
 from diffspec.fitting.objective import Objective, build_objective, choose_targets
 from diffspec.fitting.observations import (
     acceptance_curve,
@@ -22,8 +25,9 @@ from diffspec.fitting.observations import (
     require_rows,
     waiting_states,
 )
-from diffspec.fitting.select import candidate_forms, folds_of, held_out_error, simplest_good
-from diffspec.fitting.solve import LANES, Solution, minimise, random_starts
+from diffspec.fitting.select import candidate_forms, folds_of, held_out_error, simplest_good, why_chosen
+from diffspec.fitting.solve import LANES, SOLVERS, Solution, minimise, random_starts, refit_without
+from diffspec.fitting.uncertainty import UNCERTAINTIES, held_out_inflation
 from diffspec.results import InputError
 from diffspec.serving import MOST_STATES
 from diffspec.traces import Trace, matches, set_aside_reasons
@@ -33,8 +37,9 @@ STEP_TIMES = ("auto", "affine", "roofline")
 LEAST_ROWS = 4
 POOR_FIT = 0.3
 """Mean error on fitted rows above which a fit is called poor."""
-MOST_SHIFTS, SHIFT_SETTLED = 4, 0.01
-"""How often a fit asks the fluid model of finite runs again, and the change [log units] at which it has settled."""
+MOST_SHIFTS, SETTLED = 4, 0.01
+"""How often a fit asks the fluid model of finite runs again and weighs repeats, and the change (log units, weights) at
+which both have settled."""
 OBSERVABLES = ("ttft", "itl", "tpot", "e2e", "throughput")
 
 Progress = Callable[[str, float], None]
@@ -48,6 +53,8 @@ def fit(
     observables: tuple[str, ...] | None = None,
     all_rows: bool = False,
     start: FirstPrinciples | None = None,
+    solver: str = "gauss-newton",
+    uncertainty: str = "randomised",
     progress: Progress | None = None,
 ) -> FittedModel:
     """Fit one model per deployment of ``trace``.
@@ -58,6 +65,9 @@ def fit(
     * ``all_rows``: use rows that are not stationary too; they are set aside otherwise
     * ``start``: verifier, drafter and hardware of every deployment in the trace: priors are centred at first principles
       instead of at scales read from the trace, and the model can be transferred to other hardware; roofline only
+    * ``solver``: ``gauss-newton``, or Optax's ``lbfgs`` and ``adam``; see :mod:`diffspec.fitting.solve`
+    * ``uncertainty``: ``randomised`` (draws that fit scattered measurements) or ``laplace`` (a covariance, quickly),
+      see :mod:`diffspec.fitting.uncertainty`
     * ``progress(what, share)`` is called while working
 
     Needs float64: set ``jax.config.update("jax_enable_x64", True)`` first, as the command line does.
@@ -67,6 +77,10 @@ def fit(
         raise InputError('fitting needs float64: call jax.config.update("jax_enable_x64", True) first')
     if step_time not in STEP_TIMES:
         raise InputError(f"step_time: got {step_time!r}; allowed: {', '.join(STEP_TIMES)}")
+    if solver not in SOLVERS:
+        raise InputError(f"solver: got {solver!r}; allowed: {', '.join(SOLVERS)}")
+    if uncertainty not in UNCERTAINTIES:
+        raise InputError(f"uncertainty: got {uncertainty!r}; allowed: {', '.join(UNCERTAINTIES)}")
     if start is not None and step_time == "affine":
         raise InputError(
             "step_time: got 'affine' with first principles (--verifier); allowed: auto, roofline: affine cannot "
@@ -89,7 +103,8 @@ def fit(
         if name in left_out:
             continue
         apart = held_out[frame.index.to_numpy()]
-        deployment = _fit_deployment(str(name), frame[~apart], step_time, observables, all_rows, start, report)
+        chosen = (step_time, observables, all_rows, start, solver, uncertainty)
+        deployment = _fit_deployment(str(name), frame[~apart], *chosen, report)
         deployment.warnings.extend(trace.warnings)
         if apart.any():
             scores = _score(deployment, frame[apart], all_rows)
@@ -111,7 +126,9 @@ def _score(deployment: FittedDeployment, frame, all_rows: bool) -> dict[str, Any
     return summarise([predict_trace(deployment, frame)]) if len(frame) else {}
 
 
-def _fit_deployment(name, frame, step_time, observables, all_rows, start, report: Progress) -> FittedDeployment:
+def _fit_deployment(
+    name, frame, step_time, observables, all_rows, start, solver, method, report: Progress
+) -> FittedDeployment:
     reasons = set_aside_reasons(frame)
     kept = np.asarray([all_rows or reason is None for reason in reasons], dtype=bool)
     counted = Counter(reason_kind(reason) for reason in reasons if reason is not None and not all_rows)
@@ -131,7 +148,7 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, start, report
     tried: dict[str, dict[str, Any]] = {}
     solutions = {}
     names = candidate_forms(step_time, "experts" in defaults)
-    folds = folds_of(frame, data, targets) if len(names) > 1 else {}
+    folds = folds_of(frame, data, targets)
     for index, form_name in enumerate(names):
 
         def part(share, base=index, label=f"{name}: {form_name}"):
@@ -142,27 +159,34 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, start, report
         near = waiting_states(data, only_near=True)
         form = replace(form, template=replace(form.template, waiting_states=near, finite_runs="trapezoid"))
         objective = build_objective(form, data, targets)
-        objective, solution = _minimise_all(objective, data, progress=lambda s: part(0.8 * s))
+        objective, solution, weights = _minimise_all(objective, data, targets, solver, lambda s: part(0.8 * s))
         if not np.isfinite(solution.loss[solution.best]):
             raise InputError(
                 f"deployment {name!r}: no finite fit of {form_name} exists; check the rows with 'diffspec check'"
             )
         vector = jnp.asarray(solution.vector[solution.best])
-        held_out, by_fold = None, {}
+        held_out, by_fold, inflation = None, {}, {}
         if folds:
-            held_out, by_fold = held_out_error(objective, folds, targets)
+            refits = refit_without(objective, list(folds.values()), weights)
+            held_out, by_fold = held_out_error(refits, folds, targets)
+            inflation = held_out_inflation(objective, refits, list(folds.values()), weights)
         tried[form_name] = {
             "loss": float(solution.loss[solution.best]),
             "gradient": float(solution.gradient[solution.best]),
             "held_out_error": held_out,
             "held_out_by_fold": by_fold,
         }
-        noise = dict(zip(objective.columns, map(float, objective.noise(vector)), strict=True))
+        uncertainty = partial(UNCERTAINTIES[method], objective, solution, weights, data.cells, inflation)
         serving = jax.tree.map(np.asarray, form.model(vector[: len(form.paths)]))
         serving = replace(serving, waiting_states=MOST_STATES, finite_runs="fluid")
-        solutions[form_name] = (serving, noise, objective.stand_in_ratios(vector))
+        best = solution.vector[solution.best], weights, solution.jacobian[solution.best]
+        known = objective.fisher_information(*best)[: len(form.paths), : len(form.paths)]
+        untold = untold_directions(form, known, trace_facts(frame))
+        solutions[form_name] = (serving, uncertainty, objective.stand_in_ratios(vector), untold)
     chosen = simplest_good({form: entry["held_out_error"] for form, entry in tried.items()})
-    serving, noise, ratios = solutions[chosen]
+    serving, draw, ratios, untold = solutions[chosen]
+    report(f"{name}: uncertainty", 0.95)
+    uncertainty = draw()
     if start is not None:
         defaults[principles.KEY] = principles.remember(start, serving)
     deployment = FittedDeployment(
@@ -176,11 +200,14 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, start, report
             "rows": len(frame),
             "set_aside": dict(counted),
             "observables": {t.column: int(t.used.sum()) for t in targets},
-            "noise": noise,
+            "noise": uncertainty.misfit,
             "stand_in_ratios": ratios,
             "forms": tried,
+            "chosen": why_chosen(chosen, tried),
+            "untold": untold,
         },
         warnings=_warnings(frame, targets, counted),
+        uncertainty=uncertainty,
     )
     metrics = summarise([predict_trace(deployment, frame)])
     deployment.quality["metrics"] = metrics
@@ -192,21 +219,33 @@ def _fit_deployment(name, frame, step_time, observables, all_rows, start, report
     return deployment
 
 
-def _minimise_all(objective: Objective, data, progress) -> tuple[Objective, Solution]:
-    """The best fit to all rows. Finite runs are met by their closed form plus what the fluid model differed from it at
-    the solution before, until that settles."""
-    ones = np.ones((LANES, len(data)))
-    solution = minimise(objective, random_starts(objective.size), ones, progress=progress)
-    for _ in range(MOST_SHIFTS if np.any(data.is_open() & ~is_endless(data)) else 0):
+def _minimise_all(objective: Objective, data, targets, solver, progress) -> tuple[Objective, Solution, np.ndarray]:
+    """The best fit to all rows, and their weights [targets, rows]: repeats of one operating point share what the model
+    misses. Finite runs are met by their closed form plus what the fluid model differed from it at the solution before,
+    until that settles."""
+    weights = np.ones((len(targets), len(data)))
+
+    def again(starts):
+        return minimise(objective, starts, np.tile(weights, (LANES, 1, 1)), progress=progress, solver=solver)
+
+    solution = again(random_starts(objective.size))
+    finite = np.any(data.is_open() & ~is_endless(data))
+    for _ in range(MOST_SHIFTS):
         if not np.isfinite(solution.loss[solution.best]):
             break
-        following = objective.shifted(solution.vector[solution.best])
-        moved = float(np.max(np.abs(following.shift - objective.shift) * objective.used))
-        objective = following
-        solution = minimise(objective, solution.vector, ones)
-        if moved < SHIFT_SETTLED:
+        fair = repeat_weights(data.cells, solution.residuals[solution.best], np.stack([t.used for t in targets]))
+        moved = float(np.max(np.abs(fair - weights)))
+        weights = fair
+        if finite:
+            following = objective.shifted(solution.vector[solution.best])
+            moved = max(moved, float(np.max(np.abs(following.shift - objective.shift) * objective.used)))
+            objective = following
+        if moved == 0.0:
             break
-    return objective, solution
+        solution = again(solution.vector)
+        if moved < SETTLED:
+            break
+    return objective, solution, weights
 
 
 def _scales(frame, data, curve):

@@ -20,6 +20,7 @@ from diffspec.acceptance import (
     acceptance_from_tokens_per_step,
 )
 from diffspec.configuration import Configuration, batch_cap
+from diffspec.fitting.noise import TYPICAL_REQUESTS
 from diffspec.results import InputError, TraceError
 from diffspec.serving import ENDLESS, MOST_STATES
 from diffspec.workload import Workload, batched
@@ -47,11 +48,15 @@ class Block(eqx.Module):
 @dataclass(frozen=True)
 class Observations:
     """All rows of one deployment. ``blocks``: open-loop rows, then closed-loop rows, empty blocks left out;
-    ``observed[column]``: measured values in block order, NaN where missing; ``order``: positions in the frame."""
+    ``observed[column]``: measured values in block order, NaN where missing; ``order``: positions in the frame;
+    ``requests``: how many requests each row is a mean of; ``cells``: number of its operating point, which repeats
+    share."""
 
     blocks: tuple[Block, ...]
     observed: dict[str, np.ndarray]
     order: tuple[int, ...]
+    requests: np.ndarray
+    cells: np.ndarray
 
     def __len__(self) -> int:
         return len(self.order)
@@ -114,7 +119,17 @@ def observations(frame, curve: MeasuredAcceptance | None = None) -> Observations
     for name, values in observed.items():
         if name.startswith(("itl_", "tpot_")):
             observed[name] = np.where(single, np.nan, values)
-    return Observations(blocks, observed, tuple(order))
+    requests = np.nan_to_num(frame["n_requests"].to_numpy(dtype=float)[order], nan=TYPICAL_REQUESTS)
+    return Observations(blocks, observed, tuple(order), np.maximum(requests, 1.0), _cells(frame, order))
+
+
+def _cells(frame, order) -> np.ndarray:
+    """Numbers of the operating points, in block order: rows that asked the same of the server share one."""
+    asked = ["arrival_rate", "concurrency", "prompt_length", "output_length", "draft_length", "max_batch_size"]
+    asked += ["arrival_process", "arrival_scv", "output_scv", "workload", "method", "drafter"]
+    tokens = (4.0 * frame["tokens_per_step"]).round()  # repeats of one acceptance differ by chance
+    keys = frame[asked].assign(tokens_per_step=tokens)
+    return keys.groupby(list(keys.columns), dropna=False, sort=False).ngroup().to_numpy()[order]
 
 
 def _block(frame, rows, curve) -> Block:

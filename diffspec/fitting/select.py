@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from diffspec.fitting.objective import Objective, Target
+from diffspec.fitting.objective import Target
 from diffspec.fitting.observations import Observations
-from diffspec.fitting.solve import LANES, refit_without
+from diffspec.fitting.solve import LANES, Solution
 
 MOST_FOLDS = LANES
 IMPROVEMENT = 0.02
@@ -38,12 +38,11 @@ def folds_of(frame, data: Observations, targets: list[Target]) -> dict[str, np.n
     return dict(list(usable.items())[:MOST_FOLDS])
 
 
-def held_out_error(objective: Objective, folds: dict[str, np.ndarray], targets: list[Target]):
-    """Mean |log(predicted/measured)| over held-out rows, in all and by fold."""
-    residuals = refit_without(objective, list(folds.values()))
+def held_out_error(refits: Solution, folds: dict[str, np.ndarray], targets: list[Target]):
+    """Mean |log(predicted/measured)| over held-out rows of refits without each fold, in all and by fold."""
     used = np.stack([target.used for target in targets])
     errors, by_fold = [], {}
-    for (name, fold), residual in zip(folds.items(), residuals, strict=True):
+    for (name, fold), residual in zip(folds.items(), refits.residuals, strict=True):
         held = np.abs(residual)[:, fold][used[:, fold]]
         if held.size:
             by_fold[name] = float(held.mean())
@@ -60,6 +59,27 @@ def simplest_good(errors: dict[str, float | None]) -> str:
         if now is not None and (best is None or now < best * (1.0 - IMPROVEMENT)):
             chosen = name
     return chosen
+
+
+def why_chosen(chosen: str, tried: dict[str, dict]) -> str:
+    """The winner's reason, in words."""
+    errors = {form: entry["held_out_error"] for form, entry in tried.items()}
+    others = {form: error for form, error in errors.items() if form != chosen and error is not None}
+    if len(tried) == 1:
+        return f"{chosen} was asked for"
+    if errors[chosen] is None or not others:
+        return f"{chosen}: the trace is too small to hold rows out, so the simplest form stays"
+    rival = min(others, key=lambda form: others[form])
+    if others[rival] < errors[chosen]:
+        return (
+            f"{chosen} errs {errors[chosen]:.1%} on held-out rows; {rival} ({others[rival]:.1%}) is not better by "
+            f"{IMPROVEMENT:.0%} of that, and less simple"
+        )
+    folds = [name for name, error in tried[chosen]["held_out_by_fold"].items()
+             if error <= tried[rival]["held_out_by_fold"].get(name, np.inf)]  # fmt: skip
+    return f"{chosen} errs {errors[chosen]:.1%} on held-out rows, the next ({rival}) {others[rival]:.1%}" + (
+        f"; better at {', '.join(folds)}" if folds else ""
+    )
 
 
 def candidate_forms(step_time: str, has_experts: bool) -> list[str]:

@@ -1,8 +1,11 @@
-"""Multi-start L-BFGS (directions by Optax) with Armijo backtracking, all starts in one compiled, vmapped program.
+"""Minimisers of an objective, all starts in one compiled, vmapped program.
 
-The loop runs in Python: one value-and-gradient program is compiled per objective shape (a line search inside the
-program would compile several copies), and each iteration can report progress. Lanes are always LANES wide, so that
-starts and hold-out folds share one compilation.
+The loop runs in Python: one program is compiled per objective shape (a line search inside the program would compile
+several copies), and each iteration can report progress. Lanes are always LANES wide, so that starts and hold-out folds
+share one compilation, whichever the solver:
+
+* ``gauss-newton``: Levenberg-Marquardt on the reweighted least squares that touch the loss from above
+* ``lbfgs``: directions by Optax, Armijo backtracking; ``adam``: Optax, for losses that are far from quadratic
 """
 
 from collections.abc import Callable, Sequence
@@ -14,21 +17,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffspec.fitting.objective import Objective
+from diffspec.fitting.objective import Linearised, Objective
 
 LANES = 8
-GRADIENT_TOLERANCE = 1e-2
+SOLVERS = ("gauss-newton", "lbfgs", "adam")
+GRADIENT_TOLERANCE = 1e-3
 """Largest gradient component (nats per standardised coordinate) at which a lane has converged: priors curve the loss by
-at least 1, so the loss is then within 1e-4 nats of its minimum in each direction."""
+at least 1, so the loss is then within 1e-6 nats of its minimum in each direction."""
+SMALL_GAIN, PATIENCE = 1e-6, 5
+"""A lane whose loss [nats] fell by less than this so many times in a row has stalled."""
+FARTHEST = 2.0
+"""Longest move of a coordinate in one step [prior standard deviations]."""
+ADAM_RATE, ADAM_STEPS = 0.05, 2000
 
 
 class Solution(NamedTuple):
-    """Per lane: vector, loss, largest gradient component, residuals [targets, rows] in log units."""
+    """Per lane: vector, loss, largest gradient component, residuals [targets, rows] in log units, their jacobian
+    [targets, rows, places], and how many times the program was evaluated."""
 
     vector: np.ndarray
     loss: np.ndarray
     gradient: np.ndarray
     residuals: np.ndarray
+    jacobian: np.ndarray
+    evaluations: int
 
     @property
     def best(self) -> int:
@@ -37,9 +49,117 @@ class Solution(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0)
-def _value_and_gradient(structure, leaves, vectors, weights):
+def _linearise(structure, leaves, *of_lanes):
     objective = jax.tree.unflatten(structure, leaves)
-    return jax.vmap(jax.value_and_grad(objective.__call__, has_aux=True))(vectors, weights)
+    return jax.vmap(objective.linearise)(*of_lanes)
+
+
+class Lanes:
+    """Where the lanes stand: ``x`` and everything known there. Moves that do not lower the loss are not taken."""
+
+    def __init__(self, objective: Objective, starts, weights, offsets, centres, tolerance):
+        self.tolerance = tolerance
+        fill = np.arange(LANES) % len(starts)
+        real = np.asarray(objective.real) > 0
+        self._leaves, self._structure = jax.tree.flatten(objective)  # once: it takes longer than an evaluation
+        self._weights, self._offsets = np.zeros((2, LANES, len(objective.columns), len(real)))
+        self._weights[:, :, real] = np.asarray(weights)[fill]
+        self._offsets[:, :, real] = 0.0 if offsets is None else np.asarray(offsets)[fill]
+        self._centres = np.zeros((LANES, objective.size)) if centres is None else np.asarray(centres)[fill]
+        self.evaluations = 0
+        self.x = np.asarray(starts)[fill]
+        self.at = self.evaluate(self.x)
+        self.stalled = np.zeros(LANES, dtype=int)
+
+    def evaluate(self, vectors) -> Linearised:
+        self.evaluations += 1
+        problem = (self._weights, self._offsets, self._centres)
+        found = _linearise(self._structure, self._leaves, vectors, *problem)
+        found = Linearised(*(np.array(part) for part in found))
+        found.loss[~np.isfinite(found.gradient).all(axis=1)] = np.inf
+        return found
+
+    @property
+    def active(self) -> np.ndarray:
+        """Lanes that have neither converged nor stalled."""
+        moving = np.abs(self.at.gradient).max(axis=1) > self.tolerance
+        return np.isfinite(self.at.loss) & moving & (self.stalled < PATIENCE)
+
+    def take(self, lanes, vectors, found: Linearised) -> None:
+        """Move ``lanes`` to ``vectors``; small gains are counted."""
+        gain = self.at.loss - found.loss
+        self.stalled = np.where(lanes, np.where(gain < SMALL_GAIN, self.stalled + 1, 0), self.stalled)
+        self.x = np.where(lanes[:, None], vectors, self.x)
+        for name, part in zip(Linearised._fields, found, strict=True):
+            chosen = lanes.reshape(-1, *[1] * (part.ndim - 1))
+            self.at = self.at._replace(**{name: np.where(chosen, part, getattr(self.at, name))})
+
+
+def minimise(
+    objective: Objective,
+    starts,
+    weights,
+    max_iterations: int = 300,
+    progress: Callable[[float], None] | None = None,
+    solver: str = "gauss-newton",
+    *,
+    offsets=None,
+    centres=None,
+    tolerance: float = GRADIENT_TOLERANCE,
+) -> Solution:
+    """Minimise from each start (at most LANES) under its own ``weights`` [starts, targets, rows]; ``progress`` gets the
+    share done. ``offsets`` and ``centres``: see :meth:`Objective.linearise`, by default none. ``tolerance`` of the
+    gradient [nats]."""
+    count = len(starts)
+    assert count <= LANES and solver in SOLVERS
+    lanes = Lanes(objective, starts, weights, offsets, centres, tolerance)
+    move = {"gauss-newton": _gauss_newton, "lbfgs": _lbfgs, "adam": _adam}[solver](lanes)
+    most = ADAM_STEPS if solver == "adam" else max_iterations
+    for iteration in range(most):
+        if not lanes.active.any():
+            break
+        if progress is not None:
+            progress(iteration / most)
+        move()
+    if progress is not None:
+        progress(1.0)
+    real = np.asarray(objective.real) > 0
+    at = lanes.at
+    return Solution(
+        vector=lanes.x[:count],
+        loss=at.loss[:count],
+        gradient=np.abs(at.gradient[:count]).max(axis=1),
+        residuals=at.residuals[:count][:, :, real],
+        jacobian=at.jacobian[:count][:, :, real],
+        evaluations=lanes.evaluations,
+    )
+
+
+def _shortened(direction: np.ndarray) -> np.ndarray:
+    longest = np.abs(direction).max(axis=1)
+    return direction * np.minimum(1.0, FARTHEST / np.maximum(longest, 1e-300))[:, None]
+
+
+def _gauss_newton(lanes: Lanes) -> Callable[[], None]:
+    damping = np.full(LANES, 1e-3)
+
+    def move() -> None:
+        nonlocal damping
+        active = lanes.active
+        values, vectors = np.linalg.eigh(np.where(active[:, None, None], lanes.at.curvature, np.eye(lanes.x.shape[1])))
+        # the priors curve every direction by 1; where the noise's exact curvature is negative, its size is used
+        curved = np.maximum(np.abs(values), 1e-3) + damping[:, None] * np.maximum(np.abs(values), 1.0)
+        along = np.einsum("lij,li->lj", vectors, np.where(active[:, None], lanes.at.gradient, 0.0))
+        direction = _shortened(-np.einsum("lij,lj->li", vectors, along / curved))
+        trial = lanes.x + direction
+        found = lanes.evaluate(trial)
+        better = active & (found.loss < lanes.at.loss)
+        worse = active & ~better
+        lanes.stalled[worse & (damping > 1e10)] = PATIENCE  # no step goes downhill: at rounding error
+        damping = np.where(better, np.maximum(damping / 5.0, 1e-9), np.where(worse, damping * 8.0, damping))
+        lanes.take(better, trial, found)
+
+    return move
 
 
 _MEMORY = optax.scale_by_lbfgs(memory_size=20)
@@ -57,61 +177,45 @@ def _directions(gradients, state, vectors):
     return jax.vmap(one)(gradients, state, vectors)
 
 
-def minimise(
-    objective: Objective, starts, weights, max_iterations: int = 300, progress: Callable[[float], None] | None = None
-) -> Solution:
-    """Minimise from each start (at most LANES) under its own row weights; ``progress`` gets the share done."""
-    count = len(starts)
-    assert count <= LANES
-    fill = np.arange(LANES) % count
-    real = np.asarray(objective.real) > 0
-    leaves, structure = jax.tree.flatten(objective)  # once: it takes longer than an evaluation
-    x, row_weights = np.asarray(starts)[fill], np.zeros((LANES, len(real)))
-    row_weights[:, real] = np.asarray(weights)[fill]
-    state = jax.vmap(_MEMORY.init)(jnp.asarray(x))
+def _lbfgs(lanes: Lanes) -> Callable[[], None]:
+    state = jax.vmap(_MEMORY.init)(jnp.asarray(lanes.x))
 
-    def evaluate(vectors):
-        (value, residuals), gradient = _value_and_gradient(structure, leaves, vectors, row_weights)
-        value, gradient = np.array(value), np.array(gradient)
-        value[~np.isfinite(gradient).all(axis=1)] = np.inf
-        return value, gradient, np.array(residuals)
-
-    value, gradient, residuals = evaluate(x)
-    stalled = np.zeros(LANES, dtype=int)
-    for iteration in range(max_iterations):
-        active = np.isfinite(value) & (np.abs(gradient).max(axis=1) > GRADIENT_TOLERANCE) & (stalled < 5)
-        if not active.any():
-            break
-        if progress is not None:
-            progress(iteration / max_iterations)
-        direction, state = _directions(gradient, state, x)
-        direction = np.array(direction)
-        longest = np.abs(direction).max(axis=1)  # standardised coordinates: never move by more than one sd at once
-        direction *= np.minimum(1.0, 1.0 / np.maximum(longest, 1e-300))[:, None]
-        slope = np.sum(direction * gradient, axis=1)
-        step, pending = np.ones(LANES), active.copy()
-        new_x, new_value, new_gradient, new_residuals = x.copy(), value.copy(), gradient.copy(), residuals.copy()
+    def move() -> None:
+        nonlocal state
+        direction, state = _directions(lanes.at.gradient, state, lanes.x)
+        direction = _shortened(np.array(direction))
+        pending, step = lanes.active, np.ones(LANES)
+        slope = np.sum(direction * lanes.at.gradient, axis=1)
         for _ in range(8):
-            trial = x + (step * pending)[:, None] * direction
-            trial_value, trial_gradient, trial_residuals = evaluate(trial)
-            good = pending & (trial_value <= value + 1e-4 * step * slope)
-            new_x[good], new_value[good] = trial[good], trial_value[good]
-            new_gradient[good], new_residuals[good] = trial_gradient[good], trial_residuals[good]
-            pending &= ~good
+            trial = lanes.x + (step * pending)[:, None] * direction
+            found = lanes.evaluate(trial)
+            rise = found.loss - lanes.at.loss
+            good = pending & (rise <= 1e-4 * step * slope)
+            with np.errstate(all="ignore"):  # minimum of the parabola through both values and the slope
+                shorter = np.nan_to_num(-slope * step / (2.0 * (rise - step * slope)), nan=0.1)
+            lanes.take(good, trial, found)
+            pending = pending & ~good
             if not pending.any():
-                break
-            bend = trial_value - value - step * slope  # minimum of the parabola through both values and the slope
-            with np.errstate(all="ignore"):
-                shorter = -slope * step / (2.0 * bend)
-            step = np.where(pending, step * np.clip(np.nan_to_num(shorter, nan=0.1), 0.1, 0.5), step)
-        gain = value - new_value
-        small = gain < 1e-5
-        stalled = np.where(active, np.where(small, stalled + 1, 0), stalled)
-        stalled[pending] = 5  # no step goes downhill: at rounding error
-        x, value, gradient, residuals = new_x, new_value, new_gradient, new_residuals
-    if progress is not None:
-        progress(1.0)
-    return Solution(x[:count], value[:count], np.abs(gradient[:count]).max(axis=1), residuals[:count][:, :, real])
+                return
+            step = np.where(pending, step * np.clip(shorter, 0.1, 0.5), step)
+        lanes.stalled[pending] = PATIENCE  # no step goes downhill: at rounding error
+
+    return move
+
+
+def _adam(lanes: Lanes) -> Callable[[], None]:
+    rule = optax.adam(ADAM_RATE)
+    state, x, at = rule.init(jnp.asarray(lanes.x)), lanes.x, lanes.at
+
+    def move() -> None:
+        nonlocal state, x, at
+        with jax.numpy_dtype_promotion("standard"):
+            update, state = rule.update(jnp.asarray(np.nan_to_num(at.gradient)), state)
+        x = x + np.asarray(update)
+        at = lanes.evaluate(x)
+        lanes.take(lanes.active & (at.loss < lanes.at.loss), x, at)  # it need not go downhill every time
+
+    return move
 
 
 def random_starts(size: int, count: int = LANES, seed: int = 0) -> np.ndarray:
@@ -121,13 +225,18 @@ def random_starts(size: int, count: int = LANES, seed: int = 0) -> np.ndarray:
     return draws
 
 
-def refit_without(objective: Objective, folds: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """For each fold (True = held out; at most LANES) the residuals [targets, rows] of the best fit to the other rows,
-    from the prior centre and from one draw: a poor local minimum must not decide between forms."""
-    weights = [(~fold).astype(float) for fold in folds]
-    tries = [
-        minimise(objective, np.tile(start, (len(folds), 1)), weights, 150)
+def refit_without(objective: Objective, folds: Sequence[np.ndarray], weights: np.ndarray) -> Solution:
+    """The best fit to the rows outside each fold (True = held out; at most LANES), one a lane, from the prior centre
+    and from one draw: a poor local minimum must not decide between forms."""
+    kept = [weights * ~fold for fold in folds]
+    first, second = (
+        minimise(objective, np.tile(start, (len(folds), 1)), kept, 150)
         for start in random_starts(objective.size, 2, seed=1)
-    ]
-    better = tries[1].loss < tries[0].loss
-    return list(np.where(better[:, None, None], tries[1].residuals, tries[0].residuals))
+    )
+    better = second.loss < first.loss
+
+    def chosen(one, other):
+        return np.where(better.reshape(-1, *[1] * (one.ndim - 1)), other, one)
+
+    parts = [chosen(*pair) for pair in zip(first[:-1], second[:-1], strict=True)]
+    return Solution(*parts, evaluations=first.evaluations + second.evaluations)

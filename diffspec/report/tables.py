@@ -33,19 +33,22 @@ def errors(parts: Mapping[str, Mapping[str, Any]], title: str) -> Table:
             score = metrics[name]
             shown = [percent(score[key]) for key in ("mape", "max_ape", "bias")]
             r2 = NONE if score["r2"] is None else f"{score['r2']:.3f}"
-            rows.append((name, part, str(score["rows"]), *shown, r2))
-    columns = ("observable", "on", "rows", "mean error", "worst", "bias", "R2")
+            rows.append((name, part, str(score["rows"]), *shown, r2, percent(score["coverage"])))
+    columns = ("observable", "on", "rows", "mean error", "worst", "bias", "R2", "inside 90 %")
     return table(title, columns, rows, left=2)
 
 
 def parameters(deployment: Mapping[str, Any]) -> Table:
     """Fitted parameters of one deployment (as in model.json) with unit and meaning."""
-    rows = [
-        (path.removeprefix("step_time."), entry["meaning"], quantity(entry["value"], entry["unit"]))
-        for path, entry in deployment["parameters"].items()
-    ]
+    rows = []
+    for path, entry in deployment["parameters"].items():
+        unit, known = entry["unit"], "told" in entry
+        inside = f"{significant(entry['low'])} to {significant(entry['high'])}" if known else NONE
+        told = percent(entry["told"]) if known else NONE
+        shown = (quantity(entry["value"], unit), inside, told)
+        rows.append((path.removeprefix("step_time."), entry["meaning"], *shown))
     title = f"{deployment['deployment']}: {deployment['step_time']} step time"
-    return table(title, ("parameter", "meaning", "value"), rows, left=2)
+    return table(title, ("parameter", "meaning", "value", "90 % interval", "told by the trace"), rows, left=2)
 
 
 def fit_summary(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -65,10 +68,19 @@ def fit_summary(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
         if told:
             shares = ", ".join(f"{name} {percent(share)}" for name, share in told.items())
             yield Text(f"of the data sheet ({deployment['defaults']['hardware']}) the fit reaches: {shares}")
-        compared = {name: form["held_out_error"] for name, form in quality["forms"].items()}
-        if len(compared) > 1:
-            told = ", ".join(f"{name} {percent(value)}" for name, value in compared.items())
-            yield Text(f"step time chosen by cross-validated error: {told}")
+        compared = {name: form["held_out_by_fold"] for name, form in quality["forms"].items()}
+        folds = list(dict.fromkeys(fold for found in compared.values() for fold in found))
+        if len(compared) > 1 and folds:
+            rows = [(fold, *(percent(found.get(fold)) for found in compared.values())) for fold in folds]
+            overall = (percent(form["held_out_error"]) for form in quality["forms"].values())
+            yield table("mean error where held out", ("held out", *compared), [*rows, ("all", *overall)])
+            yield Text(f"step time: {quality['chosen']}")
+        if quality["untold"]:
+            yield Text(
+                f"{deployment['deployment']}: what the trace does not tell, and stays near its prior", style="bold"
+            )
+        for entry in quality["untold"]:
+            yield Text(f"  {entry['words']}")
 
 
 def evaluation(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
