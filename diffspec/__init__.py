@@ -117,6 +117,7 @@ __all__ = [
     "conditional_to_histogram",
     "conditional_to_marginal",
     "decay_from_tokens_per_step",
+    "design",
     "eagle_head",
     "energy_per_token",
     "evaluate",
@@ -166,6 +167,7 @@ _HOMES = {
         "predict_before_traces",
         "predict_transferred",
     ),
+    "analysis.design": ("design",),
     "analysis.sensitivity": ("sensitivity",),
     "architecture": (
         "Transformer",

@@ -9,6 +9,7 @@ from diffspec.cli import (
     check,
     collect,
     demo,
+    design,
     evaluate,
     fit,
     import_,
@@ -23,7 +24,7 @@ app = typer.Typer(
     help="Why speculative decoding slows down under load, and what to do.\n\n"
     "Measurements (collect, import, acceptance) become a trace; a trace becomes a fitted latency model (fit), which is "
     "scored (evaluate), asked (predict, simulate, sensitivity) and used to choose the draft length for each load "
-    "(optimize). Start with: diffspec demo",
+    "(optimize) or what to measure next (design). Start with: diffspec demo",
     epilog="Exit codes: 0 done; 1 no answer exists (saturated, infeasible); 2 wrong usage or input. Works on the CPU "
     "unless JAX_PLATFORMS is set. Compiled programs are kept in the user's cache folder, or in DIFFSPEC_CACHE_DIR "
     "(empty: nowhere).",
@@ -55,5 +56,18 @@ def _root(
     pass
 
 
-for module in (demo, collect, import_, check, acceptance, fit, evaluate, predict, simulate, optimize, sensitivity):
+for module in (
+    demo,
+    collect,
+    import_,
+    check,
+    acceptance,
+    fit,
+    evaluate,
+    predict,
+    simulate,
+    optimize,
+    sensitivity,
+    design,
+):
     app.command(module.__name__.rsplit(".", 1)[-1].rstrip("_"))(module.command)
