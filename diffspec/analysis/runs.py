@@ -221,8 +221,8 @@ class Knowledge:
 def observed_weights(known: Uncertainty, requests: int) -> np.ndarray:
     """(nu+1)/(nu+3)/sigma^2 of log ttft, itl and e2e [3] of a run of ``requests`` requests; 0 for what a fit does not
     use: e2e where it knows ttft and itl."""
-    scales = [known.noise(column, requests) for column in ("ttft_mean", "itl_mean", "e2e_mean")]
+    scales = [known.noise(column, np.asarray([requests])) for column in ("ttft_mean", "itl_mean", "e2e_mean")]
     if scales[0] is not None and scales[1] is not None:
         scales[2] = None
     tail = (known.degrees_of_freedom + 1.0) / (known.degrees_of_freedom + 3.0)
-    return np.asarray([0.0 if scale is None else tail / float(scale) ** 2 for scale in scales])
+    return np.asarray([0.0 if scale is None else tail / float(scale[0]) ** 2 for scale in scales])

@@ -17,6 +17,7 @@ import argparse
 import io
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -63,12 +64,16 @@ def simulated_row(share, k, prompt, output, requests, seed) -> dict:
     workload = Workload(prompt, output, arrival_rate=float(f"{share * float(capacity):.2g}"))
     engine = Engine(k, RATES[:k], max_batch_size=256, request_overhead=OVERHEAD)
     found = simulate(COSTS, workload, engine, n_requests=requests, replications=1, seed=seed)
-    times = {f"{name}_mean": found.mean(name).value for name in ("ttft", "tpot", "e2e")} | {"itl_mean": found.itl().value}
+    times = {f"{name}_mean": found.mean(name).value for name in ("ttft", "tpot", "e2e")} | {
+        "itl_mean": found.itl().value
+    }
     row = {"deployment": "simulated", "arrival_rate": workload.arrival_rate, "arrival_process": "poisson"}
     row |= {"draft_length": k, "method": "draft_model" if k else "none", "max_batch_size": 256, "window": "steady"}
     positions = ";".join(map(str, RATES[:k])) if k else ""
-    return row | {"position_acceptance": positions, "prompt_length": prompt, "output_length": output} | (
-        times | {"n_requests": requests, "offered_rate": workload.arrival_rate}
+    return (
+        row
+        | {"position_acceptance": positions, "prompt_length": prompt, "output_length": output}
+        | (times | {"n_requests": requests, "offered_rate": workload.arrival_rate})
     )
 
 
@@ -85,7 +90,9 @@ def table(rows: list[dict]) -> Trace:
 
 
 class Simulated:
-    """Cells of the simulated grid, measured when they are chosen."""
+    """Cells of the simulated grid."""
+
+    requests = 200
 
     def __init__(self, seed: int):
         self.seed, random = seed, np.random.default_rng(seed)
@@ -104,7 +111,6 @@ class Simulated:
             lengths = [float(round(np.exp(random.uniform(*np.log(span))))) for span in ((128, 1024), (64, 256))]
             held.append(simulated_row(share, k, *lengths, 2000, 100_000 + 1000 * seed + number))
         self.held_out = table(held)
-        self.max_utilization_candidates = None
 
     def trace(self, chosen) -> Trace:
         return table([row for index in chosen for row in self.cells[index]])
@@ -113,6 +119,8 @@ class Simulated:
 class Measured:
     """Cells of the measured table, a third held out."""
 
+    requests = 100
+
     def __init__(self, seed: int):
         trace = read_trace(DATA).where(
             "deployment=='vllm-cpu-small' and max_batch_size==64 and arrival_process!='gamma' and "
@@ -120,20 +128,17 @@ class Measured:
         )
         frame = trace.frame
         frame = frame[~frame["run"].str.contains("low")].reset_index(drop=True)
-        self.whole = Trace(frame, *[getattr(trace, name) for name in ()]) if False else trace
         keys = ["draft_length", "prompt_length", "output_length", "arrival_rate", "concurrency"]
         groups = frame.groupby(keys, dropna=False, sort=True).groups
         order = [list(rows) for rows in groups.values()]
         random = np.random.default_rng(seed)
         held = set(random.choice(len(order), len(order) // 3, replace=False).tolist())
-        self.frame = frame
+        self.whole, self.frame = trace, frame
         self.cells = [rows for index, rows in enumerate(order) if index not in held]
         self.rows = [frame.loc[rows[0], keys].to_dict() for rows in self.cells]
         self.held_out = self._of([row for index in sorted(held) for row in order[index]])
 
     def _of(self, rows) -> Trace:
-        from dataclasses import replace
-
         return replace(self.whole, frame=self.frame.loc[rows].reset_index(drop=True))
 
     def trace(self, chosen) -> Trace:
@@ -167,7 +172,7 @@ def curves(source, sizes, seed: int) -> dict[str, dict[int, float]]:
     for size in sizes[1:]:
         left = [index for index in range(among) if index not in chosen]
         points = [source.rows[index] for index in left]
-        answer = design(model.deployment(), size - len(chosen), candidates=points, requests=100)
+        answer = design(model.deployment(), size - len(chosen), candidates=points, requests=source.requests)
         for point in answer["points"]:
             same = [index for index in left if index not in chosen and matches(point, source.rows[index])]
             chosen.append(same[0])
@@ -232,17 +237,17 @@ def main() -> None:
     asked = parser.parse_args()
     prepare_jax()
     out = HERE / "design.json"
-    results = json.loads(out.read_text()) if out.exists() else {}
     for part in asked.part or ("simulated", "measured"):
         per_seed, began = [], time.time()
         for seed in range(asked.seeds):
             source = {"simulated": Simulated, "measured": Measured}[part](seed)
             per_seed.append(curves(source, SIZES[part], seed))
             print(f"{part} seed {seed}: {time.time() - began:.0f} s", json.dumps(per_seed[-1]), flush=True)
+            results = json.loads(out.read_text()) if out.exists() else {}  # the other part may be running too
             results[part] = {"seeds": seed + 1, "held_out_rows": len(source.held_out)} | summary(per_seed)
             results[part]["per_seed"] = per_seed
             out.write_text(json.dumps(json.loads(json.dumps(results)), indent=1) + "\n")
-    print(report(results))
+    print(report(json.loads(out.read_text())))
 
 
 def report(results: dict) -> str:
@@ -250,7 +255,8 @@ def report(results: dict) -> str:
     text = io.StringIO()
     for part, found in results.items():
         text.write(f"\n{part}: {found['seeds']} seeds, median held-out error [90 % interval]\n\n")
-        text.write("| runs | design | regular | random | runs of design for the error of regular / runs |\n|---|---|---|---|---|\n")
+        text.write("| runs | design | regular | random | runs of design for the error of regular / runs |\n")
+        text.write("|---|---|---|---|---|\n")
         for size in found["errors"]["design"]:
             cells = [found["errors"][arm][size] for arm in ("design", "regular", "random")]
             told = [f"{c['median']:.1%} [{c['interval'][0]:.1%}, {c['interval'][1]:.1%}]" for c in cells]
