@@ -32,6 +32,7 @@ from diffspec.configuration import Configuration  # noqa: E402
 from diffspec.drafters import DraftCost  # noqa: E402
 from diffspec.fitting.evaluate import evaluate  # noqa: E402
 from diffspec.fitting.fit import fit  # noqa: E402
+from diffspec.report.files import json_text  # noqa: E402
 from diffspec.serving import ServingModel  # noqa: E402
 from diffspec.simulating import Engine, simulate  # noqa: E402
 from diffspec.step_time import RooflineStepTime  # noqa: E402
@@ -41,6 +42,8 @@ from diffspec.workload import Workload  # noqa: E402
 HERE = Path(__file__).parent
 DATA = HERE.parents[1] / "data" / "vllm_cpu_steady.csv"
 START = 6
+NEVER = 99.0
+"""Stands for an error that was never reached."""
 SIZES = {"simulated": (6, 9, 12, 18, 24), "measured": (6, 9, 12, 15, 18)}
 METRICS = ("ttft_mean", "itl_mean", "e2e_mean")
 RATES = (0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
@@ -240,7 +243,7 @@ def summary(per_seed: list[dict]) -> dict:
             entry[arm] = {
                 "share_of_medians": runs_for(typical[arm], typical["regular"][size]) / size,
                 "median_share": float(np.median(ratios)),
-                "interval": interval(np.minimum(ratios, 99.0), random),
+                "interval": interval(np.minimum(ratios, NEVER), random),
             }
         result["runs"][size] = entry
     return result
@@ -262,8 +265,15 @@ def main() -> None:
             results = json.loads(out.read_text()) if out.exists() else {}  # the other part may be running too
             results[part] = {"seeds": seed + 1, "held_out_rows": len(source.held_out)} | summary(per_seed)
             results[part]["per_seed"] = per_seed
-            out.write_text(json.dumps(json.loads(json.dumps(results)), indent=1) + "\n")
+            out.write_text(json_text(results) + "\n")
     print(report(json.loads(out.read_text())))
+
+
+def told_share(entry: dict) -> str:
+    """A share with its interval; None (infinite) and NEVER: the error was not reached."""
+    median, *edges = entry["median_share"], *entry["interval"]
+    words = ["never" if x is None or x >= NEVER else f"{x:.2f}" for x in (median, *edges)]
+    return f"{words[0]} [{words[1]}, {words[2]}]"
 
 
 def report(results: dict) -> str:
@@ -277,7 +287,7 @@ def report(results: dict) -> str:
             cells = [found["errors"][arm][size] for arm in ("design", "regular", "random")]
             told = [f"{c['median']:.1%} [{c['interval'][0]:.1%}, {c['interval'][1]:.1%}]" for c in cells]
             ratio = found["runs"].get(size)
-            share = "" if ratio is None else f"{ratio['design']['median_share']:.2f} {ratio['design']['interval']}"
+            share = "" if ratio is None else told_share(ratio["design"])
             text.write(f"| {size} | {' | '.join(told)} | {share} |\n")
         for size, told in found["errors"].get("all", {}).items():
             text.write(f"| all {size} | {told['median']:.1%} | | | |\n")
