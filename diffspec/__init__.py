@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diffspec.acceptance_decay import DecayingAcceptance, decay_from_tokens_per_step, fit_decay, shrink_to_decay
     from diffspec.analysis.answers import predict_answer
     from diffspec.analysis.before_traces import predict_before_traces, predict_transferred
+    from diffspec.analysis.design import design
     from diffspec.analysis.sensitivity import sensitivity
     from diffspec.architecture import Transformer, eagle_head, read_architecture
     from diffspec.batch_state import BatchState, StepParts

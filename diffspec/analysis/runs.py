@@ -221,7 +221,7 @@ class Knowledge:
 def observed_weights(known: Uncertainty, requests: int) -> np.ndarray:
     """(nu+1)/(nu+3)/sigma^2 of log ttft, itl and e2e [3] of a run of ``requests`` requests; 0 for what a fit does not
     use: e2e where it knows ttft and itl."""
-    scales = [known.noise(column, np.asarray([requests])) for column in ("ttft_mean", "itl_mean", "e2e_mean")]
+    scales = [known.noise(column, np.asarray([requests])) for column in ("ttft_mean", "itl_mean", "e2e_mean")]  # type: ignore[arg-type]
     if scales[0] is not None and scales[1] is not None:
         scales[2] = None
     tail = (known.degrees_of_freedom + 1.0) / (known.degrees_of_freedom + 3.0)
