@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from diffspec.fitting.evaluate import evaluate
     from diffspec.fitting.fit import fit
     from diffspec.fitting.principles import transfer
+    from diffspec.fitting.update import update
     from diffspec.hardware import Accelerator, accelerator
     from diffspec.lengths import Lengths
     from diffspec.optimizing.policy import optimize
@@ -141,6 +142,7 @@ __all__ = [
     "solve_open_loop",
     "step_time_from",
     "transfer",
+    "update",
 ]
 
 _HOMES = {
@@ -203,6 +205,7 @@ _HOMES = {
     "fitting.evaluate": ("evaluate",),
     "fitting.fit": ("fit",),
     "fitting.principles": ("transfer",),
+    "fitting.update": ("update",),
     "hardware": (
         "Accelerator",
         "accelerator",

@@ -70,7 +70,7 @@ def command(
     from diffspec.acceptance import ConstantAcceptance, PositionAcceptance
     from diffspec.analysis.design import design
     from diffspec.analysis.design_files import plan_files, sweep_files
-    from diffspec.report import tables
+    from diffspec.report import fitting_tables
     from diffspec.results import InputError
 
     given = {
@@ -106,7 +106,7 @@ def command(
         files |= {plan.with_name(name): text for name, text in plan_files(answer["plan"], plan.name).items()}
     if sweep is not None:
         files |= {sweep / name: text for name, text in sweep_files(answer["sweep"]).items()}
-    deliver(answer, tables.next_runs, as_json=as_json, out=out, files=files, inputs=(model,))
+    deliver(answer, fitting_tables.next_runs, as_json=as_json, out=out, files=files, inputs=(model,))
 
 
 def _read_span(text: str, name: str) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from diffspec.cli.options import (
     Identity,
     read_columns,
     read_curve,
+    read_model,
 )
 from diffspec.cli.output import deliver, note, progress_bar
 from diffspec.cli.prepare import prepare_jax
@@ -51,6 +52,22 @@ def command(
         typer.Option(metavar="CURVE.JSON", help="Acceptance of rows that tell none, from 'diffspec acceptance'."),
     ] = None,
     all_rows: AllRows = False,
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="hardware, verifier, engine or all: deployments with few rows learn from siblings."
+        ),
+    ] = None,
+    prior: Annotated[
+        Path | None, typer.Option(metavar="MODEL.JSON", help="A model whose deployments are siblings of these.")
+    ] = None,
+    update: Annotated[
+        Path | None, typer.Option(metavar="MODEL.JSON", help="Take the rows into this model, and tell what changed.")
+    ] = None,
+    forgetting: Annotated[
+        float | None,
+        typer.Option(metavar="F", help="With --update: what old rows keep of their say per new row; default 0.98."),
+    ] = None,
     verifier: Verifier = None,
     drafter: Drafter = None,
     hardware: Hardware = None,
@@ -72,6 +89,8 @@ def command(
 
     From first principles, so that predict --hardware can transfer it: diffspec fit runs.csv --out model.json
     --verifier config.json --drafter draft.json --hardware h100
+
+    New rows of servers that are fitted already: diffspec fit --update model.json new.parquet --out model2.json
     """
     if template:
         from diffspec.traces import template as template_text
@@ -80,7 +99,7 @@ def command(
         return
     prepare_jax()
     from diffspec.fitting.fit import fit
-    from diffspec.report import tables
+    from diffspec.report import fitting_tables, tables
     from diffspec.report.files import check_target
     from diffspec.results import InputError
     from diffspec.traces import read_trace
@@ -89,6 +108,15 @@ def command(
         raise InputError("TRACE is missing: diffspec fit TRACE... --out model.json, or diffspec fit --template")
     if out is None:
         raise InputError("--out is missing: diffspec fit TRACE... --out model.json")
+    if update is not None:
+        others = (holdout, acceptance, pool, prior, verifier, drafter, hardware, tensor_parallel, drafter_kind)
+        if step_time != "auto" or any(option is not None for option in others):
+            raise InputError(
+                "--update goes with --forgetting, --observables, --all-rows, --set, --identity, --skip-bad-rows and "
+                "--no-plot; the model keeps its form, its priors and its acceptance, which the new rows update"
+            )
+    elif forgetting is not None:
+        raise InputError("--forgetting needs --update MODEL.JSON: a fit weighs all rows alike")
     start = None
     if verifier is not None:
         start = read_pair(verifier, drafter, hardware, tensor_parallel, drafter_kind)
@@ -98,18 +126,31 @@ def command(
     trace = read_trace(traces, skip_bad_rows=skip_bad_rows, identity=read_columns(identity, assignments))
     if acceptance is not None:
         trace = trace.with_acceptance(read_curve(acceptance))
-    with progress_bar("fit") as progress:
-        model = fit(
-            trace,
-            step_time=step_time,
-            holdout=holdout,
-            observables=None if observables is None else tuple(name.strip() for name in observables.split(",")),
-            all_rows=all_rows,
-            start=start,
-            solver=solver,
-            uncertainty=uncertainty,
-            progress=progress,
+    chosen = None if observables is None else tuple(name.strip() for name in observables.split(","))
+    summaries = None
+    if update is not None:
+        from diffspec.fitting.update import FORGETTING
+        from diffspec.fitting.update import update as update_model
+
+        factor = FORGETTING if forgetting is None else forgetting
+        model, summaries = update_model(
+            read_model(update), trace, forgetting=factor, observables=chosen, all_rows=all_rows
         )
+    else:
+        with progress_bar("fit") as progress:
+            model = fit(
+                trace,
+                step_time=step_time,
+                holdout=holdout,
+                observables=chosen,
+                all_rows=all_rows,
+                start=start,
+                solver=solver,
+                uncertainty=uncertainty,
+                pool=pool,
+                prior=None if prior is None else read_model(prior),
+                progress=progress,
+            )
     files: dict[Path, str | bytes] = {out: model.to_json()}
     warnings = list(trace.warnings)
     if trace.bad_rows is not None and len(trace.bad_rows):
@@ -126,8 +167,12 @@ def command(
         "deployments": [deployment.to_dict() for deployment in model.deployments.values()],
         "warnings": warnings,
     }
+    if summaries is not None:
+        answer["update"] = summaries
     note([*warnings, *(w for deployment in model.deployments.values() for w in deployment.warnings)], "warning")
-    deliver(answer, tables.fit_summary, as_json=as_json, files=files, inputs=tuple(traces))
+    show = tables.fit_summary if summaries is None else fitting_tables.update_summary
+    inputs = (*traces, *(path for path in (update, prior) if path is not None and path != out))
+    deliver(answer, show, as_json=as_json, files=files, inputs=inputs)
 
 
 def _plots(model, trace, out: Path, holdout: str | None, all_rows: bool) -> dict[Path, str | bytes]:
@@ -137,6 +182,8 @@ def _plots(model, trace, out: Path, holdout: str | None, all_rows: bool) -> dict
     drawn: dict[Path, str | bytes] = {}
     for number, deployment in enumerate(model.deployments.values(), start=1):
         parts = measured.fitted_and_held_out(deployment, trace, holdout, all_rows=all_rows)
+        if not parts:  # an update without new rows of this one
+            continue
         name = re.sub(r"[^\w.-]+", "-", deployment.name).strip("-.") or "deployment"
         stem = out.stem if len(model.deployments) == 1 else f"{out.stem}-{number}-{name}"
         figure = figures.against_measured(parts, f"{deployment.name}: {deployment.form} step time against measurements")

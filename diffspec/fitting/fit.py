@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.first_principles import FirstPrinciples
-from diffspec.fitting import principles
+from diffspec.fitting import pooling, principles
 from diffspec.fitting.deployment import FittedDeployment, FittedModel, used_versions
 from diffspec.fitting.evaluate import not_predicted, predict_trace, reason_kind, summarise
 from diffspec.fitting.forms import build_form, read_scales
@@ -55,6 +55,8 @@ def fit(
     start: FirstPrinciples | None = None,
     solver: str = "gauss-newton",
     uncertainty: str = "randomised",
+    pool: str | None = None,
+    prior: FittedModel | None = None,
     progress: Progress | None = None,
 ) -> FittedModel:
     """Fit one model per deployment of ``trace``.
@@ -68,10 +70,13 @@ def fit(
     * ``solver``: ``gauss-newton``, or Optax's ``lbfgs`` and ``adam``; see :mod:`diffspec.fitting.solve`
     * ``uncertainty``: ``randomised`` (draws that fit scattered measurements) or ``laplace`` (a covariance, quickly),
       see :mod:`diffspec.fitting.uncertainty`
+    * ``pool``: ``hardware``, ``verifier``, ``engine`` or ``all``: deployments with few rows learn from those that share
+      it; ``prior``: a model whose deployments all of the trace learn from; see :mod:`diffspec.fitting.pooling`
     * ``progress(what, share)`` is called while working
 
     Needs float64: set ``jax.config.update("jax_enable_x64", True)`` first, as the command line does.
-    Errors: :class:`InputError` for unknown names, too few rows (fewer than 4 usable in a deployment), or float32.
+    Errors: :class:`InputError` for unknown names, too few rows (fewer than 4 usable in a deployment without
+    siblings), or float32.
     """
     if not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise InputError('fitting needs float64: call jax.config.update("jax_enable_x64", True) first')
@@ -94,25 +99,26 @@ def fit(
         held_out = np.asarray(matches(trace.frame, holdout), dtype=bool)
         if not held_out.any():
             raise InputError(f"holdout {holdout!r}: none of {len(trace)} rows matches")
+    used = replace(trace, frame=trace.frame[~held_out])
+    if prior is not None and prior.rows_sha256 == used.digest():
+        raise InputError("prior: it was fitted to these same rows, which must not count twice; give a model of others")
     report = progress or (lambda what, share: None)
-    fitted = []
     groups = list(trace.frame.groupby("deployment", sort=False))
     usable = {name: _usable_rows(frame[~held_out[frame.index.to_numpy()]], all_rows) for name, frame in groups}
-    left_out = [str(name) for name, count in usable.items() if count < LEAST_ROWS < max(usable.values())]
-    for name, frame in groups:
-        if name in left_out:
-            continue
+
+    def fit_one(name, frame, siblings):
         apart = held_out[frame.index.to_numpy()]
-        chosen = (step_time, observables, all_rows, start, solver, uncertainty)
+        chosen = (step_time, observables, all_rows, start, solver, uncertainty, siblings)
         deployment = _fit_deployment(str(name), frame[~apart], *chosen, report)
         deployment.warnings.extend(trace.warnings)
         if apart.any():
             scores = _score(deployment, frame[apart], all_rows)
             deployment.quality["holdout"] = {"expression": holdout, "rows": int(apart.sum()), "metrics": scores}
-        fitted.append(deployment)
+        return deployment
+
+    fitted, left_out = pooling.fit_in_turn(groups, usable, fit_one, LEAST_ROWS, step_time, pool, prior)
     if left_out:
         fitted[0].warnings.append(f"not fitted, fewer than {LEAST_ROWS} usable rows: {', '.join(left_out)}")
-    used = replace(trace, frame=trace.frame[~held_out])
     return FittedModel({d.name: d for d in fitted}, used.digest(), used_versions())
 
 
@@ -127,13 +133,13 @@ def _score(deployment: FittedDeployment, frame, all_rows: bool) -> dict[str, Any
 
 
 def _fit_deployment(
-    name, frame, step_time, observables, all_rows, start, solver, method, report: Progress
+    name, frame, step_time, observables, all_rows, start, solver, method, siblings, report: Progress
 ) -> FittedDeployment:
     reasons = set_aside_reasons(frame)
     kept = np.asarray([all_rows or reason is None for reason in reasons], dtype=bool)
     counted = Counter(reason_kind(reason) for reason in reasons if reason is not None and not all_rows)
     frame = frame[kept].reset_index(drop=True)
-    require_rows(frame, name, LEAST_ROWS)
+    require_rows(frame, name, LEAST_ROWS if siblings is None else 1)
     curve = acceptance_curve(frame)
     defaults = _defaults(frame)
     data = observations(frame, curve)
@@ -147,7 +153,7 @@ def _fit_deployment(
         defaults |= principles.known(start)
     tried: dict[str, dict[str, Any]] = {}
     solutions = {}
-    names = candidate_forms(step_time, "experts" in defaults)
+    names = candidate_forms(step_time, "experts" in defaults) if siblings is None else [siblings.form]
     folds = folds_of(frame, data, targets)
     for index, form_name in enumerate(names):
 
@@ -156,6 +162,7 @@ def _fit_deployment(
 
         form = build_form(form_name, scales, defaults.get("experts"))
         form = form if start is None else principles.started(form, start)
+        form = pooling.informed(form, siblings, frame, start)
         near = waiting_states(data, only_near=True)
         form = replace(form, template=replace(form.template, waiting_states=near, finite_runs="trapezoid"))
         objective = build_objective(form, data, targets)
@@ -205,7 +212,8 @@ def _fit_deployment(
             "forms": tried,
             "chosen": why_chosen(chosen, tried),
             "untold": untold,
-        },
+        }
+        | ({} if siblings is None else siblings.told()),
         warnings=_warnings(frame, targets, counted),
         uncertainty=uncertainty,
     )

@@ -104,7 +104,7 @@ def expert_counts(pair: FirstPrinciples) -> tuple[float, float, float]:
 
 def started(form: Form, pair: FirstPrinciples) -> Form:
     """``form`` with its priors centred at first principles, where they tell the cost; others keep their centre."""
-    told = _told(pair)
+    told = known_costs(pair)
     known = {path: value for path, value in told.items() if path in form.paths}
     known["step_time.inefficiency"] = 1e-4  # first principles know the cost of many tokens
     centres = {path: jnp.asarray(float(value)) for path, value in known.items()}
@@ -115,7 +115,7 @@ def started(form: Form, pair: FirstPrinciples) -> Form:
     return Form(form.name, form.paths, set_parameters(form.template, centres), jnp.asarray(spread))
 
 
-def _told(pair: FirstPrinciples) -> dict[str, float]:
+def known_costs(pair: FirstPrinciples) -> dict[str, float]:
     """Costs that first principles know, by dotted path of a ServingModel."""
     values = get_parameters(serving_model(pair))
     return {path: float(values[path]) for path in _BOUND if path in values and float(values[path]) > 0}
@@ -124,7 +124,7 @@ def _told(pair: FirstPrinciples) -> dict[str, float]:
 def remember(pair: FirstPrinciples, serving: ServingModel) -> dict[str, Any]:
     """What a fitted deployment keeps: the pair, ``ratios`` (fitted over first principles, by parameter) and the
     ``efficiency`` that they mean: shares of peak bandwidth (memory, kv) and of the dense peak (compute)."""
-    fitted, told = get_parameters(serving), _told(pair)
+    fitted, told = get_parameters(serving), known_costs(pair)
     ratios = {path: float(fitted[path]) / value for path, value in told.items()}
     prior = get_parameters(Efficiency())
     shares = {name: float(prior[name]) / ratios[path] for name, path in _SHARES.items() if path in ratios}
@@ -150,7 +150,7 @@ def transfer(
     old = FirstPrinciples.from_dict(kept)
     devices = old.tensor_parallel if tensor_parallel is None else tensor_parallel
     new = replace(old, hardware=hardware, tensor_parallel=devices)
-    before, after = _told(old), _told(new)
+    before, after = known_costs(old), known_costs(new)
     values = get_parameters(deployment.serving)
     scaled, spread = {}, {}
     for path, bound in _BOUND.items():

@@ -353,24 +353,3 @@ def _slope(value: float | None) -> str:
 
 def _slopes(edges: Mapping[str, float | None] | None) -> str:
     return NONE if edges is None else f"{_slope(edges['low'])} to {_slope(edges['high'])}"
-
-
-def next_runs(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """What `diffspec design` says: the runs to make, what each tells, and what becomes surer."""
-    rows, former = [], answer["before"]
-    for number, point in enumerate(answer["points"], start=1):
-        closed = "concurrency" in point
-        load = f"{point['concurrency']:g} in flight" if closed else f"{significant(point['arrival_rate'])} req/s"
-        lengths = f"{point['prompt_length']:g}+{point['output_length']:g}"
-        fall = f"{percent(former)} to {percent(point['after'])}"
-        rows.append(
-            (str(number), load, str(point["draft_length"]), lengths, point["tells"], fall, percent(point["share"]))
-        )
-        former = point["after"]
-    columns = ("", "load", "draft length", "prompt+output", "tells", "uncertainty", "share of gain")
-    yield table(f"{answer['deployment']}: runs to make next, for {answer['criterion']}", columns, rows, left=5)
-    shown = list(answer["expected"].items())
-    rows = [(name, percent(told["before"]), percent(told["after"])) for name, told in shown]
-    yield table("typical standard deviation", ("of", "now", "expected"), rows)
-    told = f"{percent(answer['before'])} to {percent(answer['after'])}, {percent(answer['expected_gain'])} less"
-    yield Text(f"expected: {told}, each run with {answer['points'][0]['requests']} requests")
