@@ -255,7 +255,7 @@ def steps_of_short_outputs(pmf: Float[Array, "tokens"], longest: int) -> Float[A
     by recursion over the first step, P(n, s) = sum_j pmf_j P(n - j, s - 1) with P(n <= 0, 0) = 1.
 
     >>> [[float(p) for p in row] for row in steps_of_short_outputs(jnp.array([0.25, 0.75]), 2)]
-    [[1.0, 0.0], [0.25, 0.75]]
+    [[1.0, 0.0], [0.75, 0.25]]
     """
     size = longest + 1
     emitted = jnp.arange(1, pmf.shape[0] + 1)

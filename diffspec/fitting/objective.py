@@ -9,7 +9,7 @@ r = log(predicted) - log(measured) and the noise of :mod:`diffspec.fitting.noise
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -100,11 +100,11 @@ class Linearised(NamedTuple):
     exact in the noise), the ``residuals`` [targets, rows] and their ``jacobian`` [targets, rows, places] by the
     parameters and stand-in ratios."""
 
-    loss: jax.Array
-    gradient: jax.Array
-    curvature: jax.Array
-    residuals: jax.Array
-    jacobian: jax.Array
+    loss: Any
+    gradient: Any
+    curvature: Any
+    residuals: Any
+    jacobian: Any
 
 
 class Objective(eqx.Module):

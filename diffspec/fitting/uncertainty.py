@@ -72,7 +72,7 @@ class Uncertainty:
         """``count`` deviations [count, paths] from the fitted coordinates, inflated but no wider than the priors."""
         if self.draws is not None:
             return self.draws[np.arange(count) % len(self.draws)]
-        points = qmc.Sobol(len(self.paths), seed=0).random(2 ** int(np.ceil(np.log2(count))))[:count]
+        points = qmc.Sobol(len(self.paths), rng=0).random(2 ** int(np.ceil(np.log2(count))))[:count]
         values, vectors = np.linalg.eigh(self.covariance)
         along = ndtri(np.clip(points, 1e-9, 1 - 1e-9)) * np.sqrt(np.maximum(values, 0.0))
         return along @ vectors.T * (self.inflated / np.maximum(self.deviation, 1e-300))
@@ -81,7 +81,7 @@ class Uncertainty:
         """``count`` draws of the serving model: one module with a leading axis."""
         return moved(serving, self.paths, self.deviations(count))
 
-    def noise(self, column: str, requests=np.inf) -> np.ndarray | None:
+    def noise(self, column: str, requests: Any = np.inf) -> np.ndarray | None:
         """Inflated scale [log units] of a measured ``column`` that is a mean over ``requests`` requests; None for a
         column that was not fitted and has no kin that was (tpot: itl, a mean: its median)."""
         metric = column.split("_")[0]
@@ -93,7 +93,7 @@ class Uncertainty:
         sampled = self.request_spread[known] ** 2 / np.asarray(requests, dtype=float)
         return np.asarray(self.inflation.get(known, 1.0) * np.sqrt(self.misfit[known] ** 2 + sampled))
 
-    def noise_of(self, column: str, ttft_share, requests=np.inf) -> np.ndarray | None:
+    def noise_of(self, column: str, ttft_share, requests: Any = np.inf) -> np.ndarray | None:
         """:meth:`noise` of any column of a row of which ``ttft_share`` of the latency is ttft; an end-to-end latency
         that was not fitted has what its parts have, independently."""
         found = self.noise(column, requests)
@@ -121,13 +121,16 @@ class Uncertainty:
         """Rebuild from :meth:`to_dict`'s plain data. Errors: ValueError for damaged or non-finite matrices."""
         paths = tuple(data["paths"])
         arrays = {name: np.asarray(data[name], dtype=float) for name in ("covariance", "prior")}
-        arrays["draws"] = None if data["draws"] is None else np.asarray(data["draws"], dtype=float)
+        draws = None if data["draws"] is None else np.asarray(data["draws"], dtype=float)
         shapes = {"covariance": (len(paths), len(paths)), "prior": (len(paths),)}
         for name, shape in shapes.items():
             if arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
                 raise ValueError(f"uncertainty.{name}: got shape {arrays[name].shape}; allowed: finite, {shape}")
-        plain = {name: data[name] for name in ("method", "misfit", "request_spread", "degrees_of_freedom", "inflation")}
-        return cls(paths=paths, **plain, **arrays)
+        if draws is not None and (draws.ndim != 2 or draws.shape[1] != len(paths) or not np.isfinite(draws).all()):
+            raise ValueError(f"uncertainty.draws: got shape {draws.shape}; allowed: finite, (n, {len(paths)})")
+        names = ("method", "misfit", "request_spread", "degrees_of_freedom", "inflation")
+        plain: dict[str, Any] = {name: data[name] for name in names} | arrays
+        return cls(paths=paths, draws=draws, **plain)
 
 
 _KIN = {"tpot": ("tpot", "itl"), "itl": ("itl", "tpot")}
