@@ -33,7 +33,7 @@ def errors(parts: Mapping[str, Mapping[str, Any]], title: str) -> Table:
             score = metrics[name]
             shown = [percent(score[key]) for key in ("mape", "max_ape", "bias")]
             r2 = NONE if score["r2"] is None else f"{score['r2']:.3f}"
-            rows.append((name, part, str(score["rows"]), *shown, r2, percent(score["coverage"])))
+            rows.append((name, part, str(score["rows"]), *shown, r2, percent(score.get("coverage"))))
     columns = ("observable", "on", "rows", "mean error", "worst", "bias", "R2", "inside 90 %")
     return table(title, columns, rows, left=2)
 
@@ -68,18 +68,18 @@ def fit_summary(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
         if told:
             shares = ", ".join(f"{name} {percent(share)}" for name, share in told.items())
             yield Text(f"of the data sheet ({deployment['defaults']['hardware']}) the fit reaches: {shares}")
-        compared = {name: form["held_out_by_fold"] for name, form in quality["forms"].items()}
+        compared = {name: form.get("held_out_by_fold", {}) for name, form in quality["forms"].items()}
         folds = list(dict.fromkeys(fold for found in compared.values() for fold in found))
         if len(compared) > 1 and folds:
             rows = [(fold, *(percent(found.get(fold)) for found in compared.values())) for fold in folds]
             overall = (percent(form["held_out_error"]) for form in quality["forms"].values())
             yield table("mean error where held out", ("held out", *compared), [*rows, ("all", *overall)])
             yield Text(f"step time: {quality['chosen']}")
-        if quality["untold"]:
+        if quality.get("untold"):
             yield Text(
                 f"{deployment['deployment']}: what the trace does not tell, and stays near its prior", style="bold"
             )
-        for entry in quality["untold"]:
+        for entry in quality.get("untold", ()):
             yield Text(f"  {entry['words']}")
 
 
