@@ -20,6 +20,7 @@ from diffspec.configuration import Configuration
 from diffspec.first_principles import SPREAD, Efficiency, FirstPrinciples, draws
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.principles import KEY, prior_draws, transfer, unmeasured_deployment
+from diffspec.fitting.uncertainty import LEVEL
 from diffspec.hardware import Accelerator
 from diffspec.parameters import parameter_infos
 from diffspec.resources import BATCHED_TOKENS, MEMORY_SHARE, RESERVE_BYTES, MemoryPlan, energy_per_token, memory_plan
@@ -28,7 +29,7 @@ from diffspec.serving import ServingModel
 from diffspec.step_time import BatchState
 from diffspec.workload import Workload
 
-DRAWS, LEVEL = 128, 0.9
+DRAWS = 128
 _LATENCIES = ("ttft", "itl", "tpot", "e2e_latency")
 METRICS = (*_LATENCIES, "throughput", "capacity", "utilization", "effective_batch_size", "speedup")
 """Metrics that come with an interval."""

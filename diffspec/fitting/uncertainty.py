@@ -2,7 +2,10 @@
 
 With F the expected information of the fitted rows (:mod:`diffspec.fitting.noise`) in standardised coordinates z, whose
 priors are N(0, 1), the Laplace approximation of the posterior is N(z_fitted, inverse of (F + identity)): directions
-that the rows do not tell keep the width of their prior. A predicted value is then
+that the rows do not tell keep the width of their prior. In logarithms of costs that is a poor picture where the rows
+tell little: they bound a cost from above long before they bound it from below, and normal draws are slower servers than
+any that the rows allow. So draws are best fits to scattered rows (:func:`randomised`); the covariance serves designs
+and updates. A measured value is then predicted as
 
     log value = log predicted(draw) + sigma*t_nu
 
