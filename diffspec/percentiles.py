@@ -49,7 +49,7 @@ def predict_distribution(
     if not workload.is_open:
         raise InputError("percentiles are those of an open loop: give arrival_rate instead of concurrency")
     workload = eqx.tree_at(lambda w: w.output_scv, workload, lengths.scv())
-    request, limit = model.within_budget(workload, config)
+    request = model.request_cost(workload, config)
     cap = batch_cap(workload, config)
     number = jnp.arange(1, states + 1, dtype=jnp.result_type(float))
     cap = jnp.asarray(float(states)) if cap is None else jnp.minimum(cap, float(states))
@@ -66,9 +66,9 @@ def predict_distribution(
     m1, m2 = request.moments
     capacity = served[-1] / residence[-1]
     prompt_service = None
-    if limit is not None and config.max_batched_tokens is not None:
+    if config.max_batched_tokens is not None:
         prompt_service = jax.vmap(request.prompt_service)(served)
-        capacity = jnp.minimum(capacity, 1.0 / request.prompt_service(limit))
+        capacity = jnp.minimum(capacity, 1.0 / request.prompt_service(request.most_decoding))
     rate = jnp.asarray(workload.arrival_rate, dtype=float)
     return latency_distribution(
         Pace(

@@ -11,7 +11,6 @@ ttft (requests that finish together start together; sync falls as the spread of 
 carries the rest. All times in s.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -19,11 +18,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from diffspec.acceptance import StepsForm, steps_per_request
+from diffspec.acceptance import StepsForm
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.finite_runs import finite_run, finite_run_factor
 from diffspec.parameters import Scalar, parameter
 from diffspec.prediction import Comparison, LoadSplit, Prediction
+from diffspec.request_cost import RequestCost, request_cost
 from diffspec.results import RESULTS
 from diffspec.steady_state import (
     SteadyState,
@@ -32,7 +32,7 @@ from diffspec.steady_state import (
     solve_closed_loop,
     solve_open_loop,
 )
-from diffspec.step_time import AbstractStepTime, BatchState, StepParts, scaled
+from diffspec.step_time import AbstractStepTime, StepParts
 from diffspec.waiting import prompt_wait, queue_scv, requests_in_system, wait_of_finite_run, waiting_factor
 from diffspec.workload import Workload
 
@@ -41,30 +41,6 @@ MOST_STATES = 1024
 
 ENDLESS = 1e9
 """A run of so many requests [req] is taken for a steady state."""
-
-
-class RequestCost(eqx.Module):
-    """What one request costs on a configuration, whatever the load: ``prefill`` [s], ``steps`` [step] and their
-    standard deviation ``spread``, ``tokens_per_step`` [tok], both ``moments``, ``step_parts(sequences)`` [s] (of
-    sequences that hold another ``context`` [tok]: step_parts(sequences, context)), and ``prompt_steps(sequences)``
-    [step]: how many token budgets its prompt takes beside so many decoding ones, 0 without a budget."""
-
-    prefill: Scalar
-    steps: Scalar
-    tokens_per_step: Scalar
-    spread: Scalar
-    moments: tuple[Scalar, Scalar]
-    step_parts: Callable = eqx.field(static=True)
-    prompt_steps: Callable = eqx.field(static=True)
-
-    def chunks(self, sequences):
-        """Steps [step] beyond the first that prefill the prompt of one request; the last one is hardly ever full."""
-        further = jnp.maximum(self.prompt_steps(sequences) - 1.0, 0.0)
-        return further + jnp.minimum(further, 0.5)
-
-    def prompt_service(self, sequences):
-        """Time [s] that a prompt takes of the engine's token budget beside so many decoding sequences."""
-        return self.prompt_steps(sequences) * self.step_parts(sequences).total + self.prefill
 
 
 class ServingModel(eqx.Module):
@@ -202,54 +178,13 @@ class ServingModel(eqx.Module):
 
     def request_cost(self, workload: Workload, config: Configuration) -> RequestCost:
         """Prefill, steps and step parts of one request of ``workload`` on ``config``."""
-        step_time = scaled(self.step_time, verifier=config.verifier_scale, drafter=config.drafter_scale)
-        length = jnp.asarray(config.draft_length, dtype=float)
-        passes = drafted = length * config.draft_probability
-        if config.acceptance is None:
-            m1 = m2 = jnp.ones_like(length)
-        else:
-            m1, m2 = config.acceptance.moments(length, config.draft_probability)
-            drafted = config.acceptance.drafted_tokens(length) * config.draft_probability
-        prompt = jnp.asarray(workload.prompt_length, dtype=float)
-        output = jnp.asarray(workload.output_length, dtype=float)
-        held = prompt + 0.5 * output * (1.0 + workload.output_scv)  # long requests are in service for longer
-
-        def step_parts(sequences, context=held):
-            return step_time(
-                BatchState(
-                    sequences=sequences,
-                    query_tokens=sequences * (1.0 + drafted),
-                    kv_tokens=sequences * context,
-                    draft_passes=passes,
-                    draft_tokens=sequences * drafted,
-                )
-            )
-
-        prefilled = prompt * (1.0 - workload.prefix_hit_rate)
-
-        def prompt_steps(sequences):
-            if config.max_batched_tokens is None:
-                return jnp.zeros_like(sequences)
-            budget = jnp.asarray(config.max_batched_tokens, dtype=float)
-            return prefilled / jnp.maximum(budget - sequences * (1.0 + drafted), budget / 64.0)
-
-        steps = steps_per_request(m1, m2, output, self.steps_form)
-        variance = steps * (m2 - m1**2) / m1**2 + workload.output_scv * (output / m1) ** 2
-        return RequestCost(
-            prefill=step_time(BatchState(prefill_tokens=prefilled, draft_passes=passes)).prefill,
-            steps=steps,
-            tokens_per_step=m1,
-            spread=jnp.sqrt(variance + 1e-12),
-            moments=(m1, m2),
-            step_parts=step_parts,
-            prompt_steps=prompt_steps,
-        )
+        return request_cost(self.step_time, workload, config, self.steps_form)
 
     def _times(self, request: RequestCost, n):
         """(residence, step parts, others, steps in the first token) for a request that sees n in service."""
         others = jnp.maximum(n - self.self_share, 0.0)
-        parts = request.step_parts(n)
-        shared_steps = self._shared_steps(request, others)
+        shared_steps, decoding = self._shared_steps(request, n, others)
+        parts = request.step_parts(decoding)
         residence = (
             self.request_overhead
             + request.prefill * (1.0 + self.prefill_interference * others)
@@ -257,8 +192,11 @@ class ServingModel(eqx.Module):
         )
         return residence, parts, others, shared_steps
 
-    def _shared_steps(self, request: RequestCost, others):
-        return (self.first_token_steps + request.chunks(others)) * others / (1.0 + others)
+    def _shared_steps(self, request: RequestCost, n, others):
+        """Others' steps [step] until the first token, and the sequences that decode of n in service."""
+        busy = others / (1.0 + others)
+        chunks = request.chunks(others) * busy
+        return self.first_token_steps * busy + chunks, request.decoding(n, chunks)
 
     def _waiting(self, workload: Workload, request: RequestCost, state: SteadyState, cap):
         """Mean wait [s] for one of ``cap`` places in an open loop; see :mod:`diffspec.waiting`."""
@@ -290,17 +228,15 @@ class ServingModel(eqx.Module):
 
     def within_budget(self, workload: Workload, config: Configuration) -> tuple[RequestCost, Scalar | None]:
         """The cost of a request, and the largest batch [req] in service or None: by batch size, KV memory, and the
-        token budget, of which decoding sequences leave too little for the prompts that keep the batch as large,
-        d*prompt_service(d) = residence(d). Prompts are never prefilled beside more than that."""
+        token budget, n/residence(n) = 1/prompt_service(most_decoding); see :mod:`diffspec.request_cost`."""
         request, cap = self.request_cost(workload, config), batch_cap(workload, config)
         if config.max_batched_tokens is None:
             return request, cap
-
-        def share(d):
-            return d * request.prompt_service(d) / self._times(request, d)[0]
-
-        most = share_reaches_one(share, jnp.asarray(1e9 if cap is None else cap, dtype=float))
-        return replace(request, prompt_steps=lambda n: request.prompt_steps(jnp.minimum(n, most))), most
+        fastest = request.prompt_service(request.most_decoding)
+        most = share_reaches_one(
+            lambda n: n * fastest / self._times(request, n)[0], jnp.asarray(1e9 if cap is None else cap, dtype=float)
+        )
+        return request, most
 
     def _batch_seen(self, workload: Workload, batch):
         if workload.n_requests is not None and self.finite_runs == "trapezoid":
@@ -318,7 +254,8 @@ class ServingModel(eqx.Module):
             seen = jnp.minimum(self._batch_seen(workload, n), most)
             context = workload.prompt_length + workload.output_length * age
             others = jnp.maximum(seen - self.self_share, 0.0)
-            return (request.steps + self._shared_steps(request, others)) * request.step_parts(seen, context).total
+            shared_steps, decoding = self._shared_steps(request, seen, others)
+            return (request.steps + shared_steps) * request.step_parts(decoding, context).total
 
         def residence(n):
             return self._times(request, n)[0]

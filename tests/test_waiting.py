@@ -276,6 +276,21 @@ def test_a_token_budget_limits_the_capacity(prompt, budget, k):
     assert float(slope(float(budget))) == pytest.approx((ends[1] - ends[0]) / (2 * step), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "output", "budget", "k"),
+    [(8000.0, 4.0, 256, 0), (8000.0, 4.0, 512, 0), (8000.0, 16.0, 512, 0), (2000.0, 120.0, 256, 4)],
+)
+def test_a_closed_loop_under_a_token_budget(prompt, output, budget, k):
+    """Chunks beside which nobody decodes last their prefill alone: the most that the engine completes, within 2 %,
+    and with four in flight, where only some of the chunks are shared, within 5 %."""
+    config = Configuration(float(k), ConstantAcceptance(0.8), max_batched_tokens=float(budget))
+    for concurrency, tolerance in ((4.0, 0.05), (64.0, 0.02)):
+        load = Workload(prompt, output, concurrency=concurrency)
+        engine = Engine(k, (0.8,) * k, max_batched_tokens=budget)
+        found = simulate(SERVER, load, engine, n_requests=400, replications=4)
+        assert float(MODEL.predict(load, config).throughput) == pytest.approx(found.throughput.value, rel=tolerance)
+
+
 @pytest.mark.parametrize("hits", [0.5, 0.9])
 def test_prefix_hits_are_not_prefilled(hits):
     load = Workload(2000.0, 120.0, arrival_rate=5.0, prefix_hit_rate=hits)
