@@ -102,8 +102,9 @@ class ServingModel(eqx.Module):
             sync, waiting = 0.0, self._waiting(workload, request, state, batch_cap(workload, config))
             if workload.n_requests is not None and self.finite_runs == "fluid":
                 state, queued = self._finite_run(workload, request, state, cap)
-                both = jnp.sqrt(waiting**2 + jnp.where(queued > 0, queued, 1.0) ** 2)
-                waiting = jnp.where(queued > 0, both, waiting)  # in overload fluctuations no longer count
+                queues = queued > 1e-12
+                both = jnp.sqrt(waiting**2 + jnp.where(queues, queued, 1.0) ** 2)
+                waiting = jnp.where(queues, both, waiting)  # in overload fluctuations no longer count
             if config.max_batched_tokens is not None:
                 waiting = waiting + self._prompt_wait(workload, request, state)
         else:
@@ -249,9 +250,10 @@ class ServingModel(eqx.Module):
         most = jnp.asarray(jnp.inf if cap is None else cap, dtype=float)
         n_requests = jnp.asarray(workload.n_requests, dtype=float)
         own = self.request_overhead + request.prefill
+        others_share = 1.0 - 1.0 / n_requests  # of those in service one is itself: a lone request meets nobody
 
         def work(n, age):
-            seen = jnp.minimum(self._batch_seen(workload, n), most)
+            seen = jnp.minimum(self._batch_seen(workload, n * others_share), most)
             context = workload.prompt_length + workload.output_length * age
             others = jnp.maximum(seen - self.self_share, 0.0)
             shared_steps, decoding = self._shared_steps(request, seen, others)
@@ -262,7 +264,7 @@ class ServingModel(eqx.Module):
 
         run = finite_run(
             work,
-            prefill=request.prefill * self.prefill_interference,
+            prefill=request.prefill * self.prefill_interference * others_share,
             arrival_rate=workload.arrival_rate,  # type: ignore[arg-type]
             n_requests=n_requests,
             output_scv=workload.output_scv,

@@ -131,4 +131,4 @@ def wait_of_finite_run(
     """
     late = jnp.maximum(n_requests - places, 0.0)
     grown = late / n_requests * jnp.sqrt(2.0 * variability * jnp.maximum(late, 1e-12) / jnp.pi) / arrival_rate / 1.5
-    return waiting * grown / (waiting + grown + 1e-30)
+    return waiting * grown / jnp.maximum(waiting + grown, 1e-15)  # whose square single precision holds too

@@ -98,6 +98,17 @@ def test_runs_of_single_tokens_have_numbers(output):
     assert jnp.all(jnp.isfinite(values) & (values > 0))
 
 
+@pytest.mark.parametrize("rate", [0.1, 3.0, 1e4])
+def test_a_run_of_one_request_is_alone(rate):
+    model = ServingModel(SLOW, first_token_steps=1.5)
+    alone = model.predict(Workload(300.0, 241.0, concurrency=1.0), Configuration())
+    load = Workload(300.0, 241.0, arrival_rate=rate, n_requests=1.0)
+    for config in (Configuration(), Configuration(max_batch_size=16.0)):
+        run = model.predict(load, config)
+        assert float(run.e2e_latency) == pytest.approx(float(alone.e2e_latency), rel=0.01)
+        assert float(run.batch_seen) == pytest.approx(1.0, abs=0.02)
+
+
 def test_an_endless_run_is_the_steady_state():
     model = ServingModel(SLOW, first_token_steps=1.5)
     for rate in (0.1, 1.0, 3.0):
