@@ -67,7 +67,8 @@ def memory_plan(
     own = 0.0
     if pair.drafter is not None:
         own = pair.drafter.weight_bytes
-        if pair.drafter.extra_weights:  # a head that uses the verifier's embedding and head
+        shared = pair.drafter.extra_weights and pair.drafter.vocab == pair.verifier.vocab
+        if shared:  # a head that uses the verifier's embedding and head
             own -= pair.drafter.embedding_weights * pair.drafter.head_bits / 8.0
     usable = memory_share * pair.hardware.memory_bytes
     verifier = pair.verifier.weight_bytes / devices

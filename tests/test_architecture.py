@@ -1,6 +1,7 @@
 """Parameter counts, bytes and FLOP of published models from their public configurations."""
 
 import json
+import re
 
 import pytest
 
@@ -195,6 +196,52 @@ APERTUS_8B = {
     "vocab_size": 131072,
 }
 
+MISTRAL_SMALL_31 = {  # multimodal: the language model is nested
+    "model_type": "mistral3",
+    "vision_config": {"model_type": "pixtral", "hidden_size": 1024, "num_hidden_layers": 24},
+    "text_config": {
+        "model_type": "mistral",
+        "head_dim": 128,
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 131072,
+    },
+}
+GEMMA3_4B = {  # what is the default of its class is not written
+    "model_type": "gemma3",
+    "vision_config": {"hidden_size": 1152},
+    "text_config": {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "sliding_window": 1024,
+    },
+}
+GEMMA3_12B = GEMMA3_4B | {
+    "text_config": GEMMA3_4B["text_config"]
+    | {
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+    }
+}
+COMMAND_R = {
+    "model_type": "cohere",
+    "hidden_size": 8192,
+    "intermediate_size": 22528,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 64,
+    "vocab_size": 256000,
+}
+EAGLE3_LLAMA_8B = LLAMA_8B | {"num_hidden_layers": 1, "draft_vocab_size": 32000, "torch_dtype": "float16"}
+
 # configuration, total and active parameters as published (model cards, technical reports), in 10^9
 PUBLISHED = {
     "Llama-3.1-8B": (LLAMA_8B, 8.03, None),
@@ -226,6 +273,23 @@ def test_parameters_are_the_published_ones(name):
     else:
         assert model.active_parameters / 1e9 == pytest.approx(active, rel=0.01)
     assert model.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "window_layers"),
+    [
+        (MISTRAL_SMALL_31, 23.57, 0),
+        (GEMMA3_4B, 3.88, 29),
+        (GEMMA3_12B, 11.77, 40),
+        (COMMAND_R, 34.98, 0),
+        (EAGLE3_LLAMA_8B, 0.425, 0),  # 850 MB in fp16
+    ],
+)
+def test_configurations_that_leave_much_to_their_class(config, total, window_layers):
+    model = read_architecture(config)
+    assert model.parameters / 1e9 == pytest.approx(total, rel=2e-3)
+    assert model.sliding_layers == window_layers
+    assert any("vision_config left out" in note for note in model.notes) == ("vision_config" in config)
 
 
 def test_llama_is_exact():
@@ -319,6 +383,9 @@ def test_an_eagle_head_has_one_layer():
     assert head.shared_weights == layer + 4096 + 2 * 4096**2  # one layer, one norm, the projection at the entry
     assert head.kv_bytes_per_token() == 131072 / 32
     assert not eagle_head(read_architecture(MIXTRAL_8X7B)).is_moe
+    latent = read_architecture(DEEPSEEK_V3)
+    assert eagle_head(latent).kv_bytes_per_token() == latent.kv_bytes_per_token() / 61  # its attention is theirs
+    assert eagle_head(latent).attention_weights == latent.attention_weights
 
 
 def test_files_folders_and_nested_configurations(tmp_path):
@@ -344,6 +411,24 @@ def test_dense_layers_of_a_mixture():
         ({"hidden_size": None}, "no hidden_size; supported: apertus"),
         ({"num_hidden_layers": "32"}, "num_hidden_layers: got '32'; allowed: a whole number"),
         ({"num_hidden_layers": 0}, "layers: got 0"),
+        ({"num_attention_heads": 0}, "heads: got 0"),
+        ({"num_hidden_layers": 1e30}, "num_hidden_layers: got 1e+30; allowed: a whole number, up to"),
+        ({"num_hidden_layers": 20_000}, "num_hidden_layers: got 20000; allowed: 1 to 10000"),
+        ({"hidden_size": 10**400}, "hidden_size: got about 1e+08...; allowed"),
+        ({"vocab_size": float("nan")}, "vocab_size: got nan; allowed"),
+        ({"hidden_size": float("inf")}, "hidden_size: got inf; allowed"),
+        ({"layer_types": 3}, "layer_types: got 3; allowed: a list"),
+        ({"sliding_window": "x"}, "sliding_window: got 'x'; allowed: a whole number"),
+        ({"quantization_config": "fp8"}, "quantization_config: got 'fp8'; allowed: an object"),
+        ({"quantization_config": {"quant_method": "awq", "bits": "x"}}, "bits: got 'x'; allowed: a number of bits"),
+        ({"quantization_config": {"quant_method": "fp8", "kv_cache_scheme": "auto"}}, "kv_cache_scheme: got 'auto'"),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"g": 3}}}, "g: got 3"),
+        ({"full_attention_interval": 4, "linear_num_key_heads": 16}, "has full_attention_interval, linear_num_key"),
+        ({"attn_type_list": [0, 0, 1]}, "linear attention (attn_type_list)"),
+        ({"linear_attn_config": {"kda_layers": [1]}}, "has linear_attn_config"),
+        ({"full_attn_idxs": [2]}, "has full_attn_idxs"),
+        ({"block_configs": [{}]}, "has block_configs"),
+        ({"model_type": "bert"}, "an encoder"),
         ({"num_local_experts": 8}, "no num_experts_per_tok or experts_per_token"),
         ({"num_local_experts": 8, "num_experts_per_tok": 9}, "experts_per_token: got 9; allowed: 1 to 8"),
         ({"layer_types": ["linear_attention"]}, "layers of type linear_attention"),
@@ -353,7 +438,7 @@ def test_dense_layers_of_a_mixture():
     ],
 )
 def test_what_cannot_be_read_is_said(change, told):
-    with pytest.raises(InputError, match=told.replace("[", r"\[")):
+    with pytest.raises(InputError, match=re.escape(told)):
         read_architecture(LLAMA_8B | change)
 
 
@@ -365,6 +450,21 @@ def test_bad_files_are_named(tmp_path, text, told):
     with pytest.raises(InputError, match=told) as caught:
         read_architecture(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"intermediate": -16}, "intermediate: got -16"),
+        ({"kv_bits": float("nan")}, "kv_bits: got nan"),
+        ({"kv_bits": 0.0}, "kv_bits: got 0.0; allowed: a positive number"),
+        ({"sliding_layers": 3}, "sliding_layers: got 3; allowed: 0 to 2"),
+    ],
+)
+def test_dimensions_are_checked(change, told):
+    fine = {"layers": 2, "hidden": 8, "vocab": 32, "heads": 2, "kv_heads": 1, "head_dim": 4, "intermediate": 16}
+    with pytest.raises(InputError, match=re.escape(told)):
+        Transformer("x", **(fine | change))
 
 
 def test_no_dimension_is_negative():

@@ -62,9 +62,15 @@ class Transformer:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for field in ("layers", "hidden", "vocab", "heads", "kv_heads", "head_dim"):
-            if not getattr(self, field) > 0:
-                raise InputError(f"{self.name}: {field}: got {getattr(self, field)!r}; allowed: a positive number")
+        for field, value in vars(self).items():
+            needed = field in ("layers", "hidden", "vocab", "heads", "kv_heads", "head_dim") or field.endswith("_bits")
+            if field in ("name", "gated", "tied", "weight_format", "expert_format", "notes"):
+                continue
+            if not isinstance(value, int | float) or not (value > 0 if needed else value >= 0) or value > 1e12:
+                allowed = "a positive number" if needed else "a number of at least 0"
+                raise InputError(f"{self.name}: {field}: got {value!r}; allowed: {allowed}")
+        if self.sliding_layers > self.layers:
+            raise InputError(f"{self.name}: sliding_layers: got {self.sliding_layers}; allowed: 0 to {self.layers}")
         if not 0 <= self.moe_layers <= self.layers or (self.moe_layers and not self.num_experts):
             raise InputError(
                 f"{self.name}: moe_layers: got {self.moe_layers}; allowed: 0 to {self.layers} with experts"
@@ -170,8 +176,8 @@ class Transformer:
 
 
 def eagle_head(verifier: Transformer) -> Transformer:
-    """An EAGLE-like head for ``verifier``: one of its layers, with a dense MLP, a projection of 2*hidden to hidden at
-    the entry, and the verifier's own head and embedding: read in every pass, not held again."""
+    """An EAGLE-like or MTP head for ``verifier``: one of its layers, with a dense MLP, a projection of 2*hidden to
+    hidden at the entry, and the verifier's own head and embedding: read in every pass, not held again."""
     width = verifier.intermediate or verifier.expert_intermediate * max(verifier.experts_per_token, 1)
     return Transformer(
         name=f"one-layer head for {verifier.name}",
@@ -183,5 +189,10 @@ def eagle_head(verifier: Transformer) -> Transformer:
         head_dim=verifier.head_dim,
         intermediate=width,
         tied=True,
+        q_lora_rank=verifier.q_lora_rank,
+        kv_lora_rank=verifier.kv_lora_rank,
+        rope_head_dim=verifier.rope_head_dim,
+        nope_head_dim=verifier.nope_head_dim,
+        v_head_dim=verifier.v_head_dim,
         extra_weights=2 * verifier.hidden * verifier.hidden,
     )
