@@ -9,7 +9,7 @@ An all-reduce of a token moves 2*(N-1)/N * hidden * 2 B over each device's link,
 tensor parallelism). Key/value heads are split over at most kv_heads devices; latent (MLA) caches are on every device.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import equinox as eqx
@@ -18,14 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.architecture import Transformer, eagle_head
+from diffspec.drafters import AbstractDrafter, OverlappedDrafter, RemoteDrafter, WindowedDrafter
 from diffspec.experts import ExpertRouting
 from diffspec.hardware import Accelerator, accelerator
 from diffspec.parameters import Scalar, parameter, parameter_infos, set_parameters, to_constrained, to_unconstrained
 from diffspec.results import InputError
 from diffspec.step_time import DraftCost, ExpertCost, RooflineStepTime
+from diffspec.workload import check_range
 
 DRAFTER_KINDS = ("model", "head", "block", "ngram")
 """A draft model (k passes), an EAGLE-like head (k passes of one layer), a block drafter (one pass), a table lookup."""
+ALSO_CALLED = {"eagle": "head", "mtp": "head", "suffix": "ngram", "none": ""}
+"""Other names of these kinds. MTP modules that run serially are heads; those that run once a step, blocks."""
 
 
 class Efficiency(eqx.Module):
@@ -116,8 +120,14 @@ class FirstPrinciples:
       own gets those of :func:`diffspec.architecture.eagle_head`
     * ``tensor_parallel``: devices that share every matrix, the drafter's too
     * ``prompt_length``, ``output_length`` [tok]: set the mean context of sliding windows and of prompts' attention
+    * ``draft_probability`` [1]: share of steps that are drafted for; below 1 for lookups, which abstain
+    * ``drafter_window`` [tok]: cached tokens of a sequence that the drafter attends to, None: all (``WindowedDrafter``)
+    * ``draft_overlap`` [1]: share of drafts made while the verifier verifies (``OverlappedDrafter``)
+    * ``drafter_hardware``, ``transfer_latency`` [s]: one device of the drafter's own, and the round trip to it a step
+      (``RemoteDrafter``)
 
-    Errors: :class:`InputError` for a model drafter without dimensions, an unknown kind, or tensor_parallel < 1.
+    Errors: :class:`InputError` for a model drafter without dimensions, an unknown kind, tensor_parallel < 1, or a
+    number out of its range.
     """
 
     verifier: Transformer
@@ -127,11 +137,19 @@ class FirstPrinciples:
     tensor_parallel: int = 1
     prompt_length: float = 1024.0
     output_length: float = 256.0
+    draft_probability: float = 1.0
+    drafter_window: float | None = None
+    draft_overlap: float = 0.0
+    drafter_hardware: Accelerator | None = None
+    transfer_latency: float = 0.0
 
     def __post_init__(self):
         kind = self.drafter_kind or ("model" if self.drafter is not None else "")
-        if kind and kind not in DRAFTER_KINDS:
-            raise InputError(f"drafter_kind: got {kind!r}; allowed: {', '.join(DRAFTER_KINDS)}")
+        if kind and kind not in (*DRAFTER_KINDS, *ALSO_CALLED):
+            raise InputError(f"drafter_kind: got {kind!r}; allowed: {', '.join((*DRAFTER_KINDS, *ALSO_CALLED))}")
+        if kind == "none" and self.drafter is not None:
+            raise InputError("drafter_kind 'none' has no weights: leave the drafter's config.json out")
+        kind = ALSO_CALLED.get(kind, kind)
         if kind == "model" and self.drafter is None:
             raise InputError("drafter_kind 'model' needs the drafter's config.json (--drafter)")
         if kind == "ngram" and self.drafter is not None:
@@ -141,13 +159,37 @@ class FirstPrinciples:
         object.__setattr__(self, "drafter_kind", kind)
         if kind in ("head", "block") and self.drafter is None:
             object.__setattr__(self, "drafter", eagle_head(self.verifier))
+        check_range("prompt_length", self.prompt_length, 0, 1e8, low_open=True, unit="tok")
+        check_range("output_length", self.output_length, 0, 1e8, low_open=True, unit="tok")
+        check_range("draft_probability", self.draft_probability, 0, 1, low_open=False, unit="(share of steps)")
+        check_range("drafter_window", self.drafter_window, 1, 1e9, low_open=False, unit="tok")
+        check_range("draft_overlap", self.draft_overlap, 0, 1, low_open=False, unit="(share of drafts)")
+        check_range("transfer_latency", self.transfer_latency, 0, 1e3, low_open=False, unit="s")
+        self._check_drafter()
+
+    def _check_drafter(self) -> None:
+        asked = {
+            "draft_probability": self.draft_probability != 1.0,
+            "draft_overlap": self.draft_overlap > 0,
+            "drafter_window": self.drafter_window is not None,
+            "drafter_hardware": self.drafter_hardware is not None,
+            "transfer_latency": self.transfer_latency > 0,
+        }
+        for name, given in asked.items():
+            if given and not self.drafter_kind:
+                raise InputError(f"{name} needs a drafter: give its config.json, or a drafter_kind")
+            if given and self.drafter is None and name in ("drafter_window", "drafter_hardware"):
+                raise InputError(f"{name}: a lookup has no weights and no cache; leave it out")
+        if self.transfer_latency > 0 and self.drafter_hardware is None:
+            raise InputError("transfer_latency needs a drafter_hardware: between which devices?")
 
     @property
     def name(self) -> str:
         """Verifier, drafter and hardware in a few words."""
         drafter = f" + {self.drafter.name if self.drafter else self.drafter_kind}" if self.drafter_kind else ""
         devices = f"{self.tensor_parallel}x " if self.tensor_parallel > 1 else ""
-        return f"{self.verifier.name}{drafter} on {devices}{self.hardware.name}"
+        aside = f", drafter on {self.drafter_hardware.name}" if self.drafter_hardware else ""
+        return f"{self.verifier.name}{drafter} on {devices}{self.hardware.name}{aside}"
 
     @property
     def context(self) -> float:
@@ -176,7 +218,7 @@ class FirstPrinciples:
             step_overhead=e.step_overhead + self._launches(self.verifier, e),
             sequence_overhead=e.sequence_overhead,
             prefill_token=self._prefill_time(self.verifier, e),
-            draft=self._draft_cost(e),
+            draft=self._draft(e),
             experts=experts,
         )
 
@@ -189,6 +231,22 @@ class FirstPrinciples:
         if step.experts is not None:
             read = read + step.experts.weight_read * step.experts.routing.coverage(self.prompt_length)
         return e.request_overhead + step.step_overhead + read
+
+    def drafter_host(self) -> "FirstPrinciples":
+        """The pair as the drafter sees it: on its own device where it has one."""
+        if self.drafter_hardware is None:
+            return self
+        return replace(
+            self, hardware=self.drafter_hardware, tensor_parallel=1, drafter_hardware=None, transfer_latency=0.0
+        )
+
+    def _draft(self, e: Efficiency) -> AbstractDrafter:
+        drafter: AbstractDrafter = self.drafter_host()._draft_cost(e)
+        if self.drafter_window is not None:
+            drafter = WindowedDrafter(drafter, float(self.drafter_window))
+        if self.drafter_hardware is not None:
+            drafter = RemoteDrafter(drafter, float(self.transfer_latency))
+        return OverlappedDrafter(drafter, float(self.draft_overlap)) if self.draft_overlap > 0 else drafter
 
     def _draft_cost(self, e: Efficiency) -> DraftCost:
         if not self.drafter_kind:
@@ -233,6 +291,11 @@ class FirstPrinciples:
             "tensor_parallel": self.tensor_parallel,
             "prompt_length": self.prompt_length,
             "output_length": self.output_length,
+            "draft_probability": self.draft_probability,
+            "drafter_window": self.drafter_window,
+            "draft_overlap": self.draft_overlap,
+            "drafter_hardware": None if self.drafter_hardware is None else self.drafter_hardware.name,
+            "transfer_latency": self.transfer_latency,
         }
 
     @classmethod
@@ -244,6 +307,12 @@ class FirstPrinciples:
 
         verifier = model(data["verifier"])
         assert verifier is not None
+        aside = data.get("drafter_hardware")
+        runs = {
+            name: data[name]
+            for name in ("draft_probability", "drafter_window", "draft_overlap", "transfer_latency")
+            if name in data
+        }
         return cls(
             verifier=verifier,
             hardware=accelerator(data["hardware"]),
@@ -252,6 +321,8 @@ class FirstPrinciples:
             tensor_parallel=data["tensor_parallel"],
             prompt_length=data["prompt_length"],
             output_length=data["output_length"],
+            drafter_hardware=None if aside is None else accelerator(aside),
+            **runs,
         )
 
 

@@ -22,7 +22,8 @@ BATCHED_TOKENS = 8192
 class MemoryPlan:
     """Memory of one device [B], and what is left for the KV cache.
 
-    ``kv_capacity_tokens`` [tok] = free / kv_bytes_per_token; ``sequences`` [req]: how many requests of prompt_length +
+    ``kv_capacity_tokens`` [tok] = free / bytes of a token of both, or what a drafter's own device holds, if that is
+    less (``drafter_bytes`` and its cache are 0 here then); ``sequences`` [req]: how many requests of prompt_length +
     output_length tokens that is; ``missing_bytes``: by how much the weights and activations do not fit, else 0.
     """
 
@@ -65,6 +66,7 @@ def memory_plan(
     check_range("batched_tokens", batched_tokens, 1, 1e7, low_open=False, unit="tok")
     devices = pair.tensor_parallel
     own = 0.0
+    aside = pair.drafter_hardware is not None
     if pair.drafter is not None:
         own = pair.drafter.weight_bytes
         shared = pair.drafter.extra_weights and pair.drafter.vocab == pair.verifier.vocab
@@ -74,19 +76,28 @@ def memory_plan(
     verifier = pair.verifier.weight_bytes / devices
     active = activation_bytes(pair.verifier, batched_tokens, devices)
     per_token = pair.kv_bytes(pair.verifier)
-    drafter_kv = 0.0 if pair.drafter is None else pair.kv_bytes(pair.drafter)
-    free = usable - verifier - own / devices - active - RESERVE_BYTES
-    tokens = max(free, 0.0) / (per_token + drafter_kv)
     longest = pair.prompt_length + pair.output_length
+    drafter_kv = 0.0
+    if pair.drafter is not None:
+        kept = 1.0 if pair.drafter_window is None else min(1.0, pair.drafter_window / longest)
+        drafter_kv = kept * pair.drafter_host().kv_bytes(pair.drafter)
+    beside = 0.0 if aside else own / devices
+    free = usable - verifier - beside - active - RESERVE_BYTES
+    tokens = max(free, 0.0) / (per_token + (0.0 if aside else drafter_kv))
+    if pair.drafter is not None and pair.drafter_hardware is not None:
+        there = memory_share * pair.drafter_hardware.memory_bytes - pair.drafter.weight_bytes
+        there -= activation_bytes(pair.drafter, batched_tokens) + RESERVE_BYTES
+        tokens = min(tokens, max(there, 0.0) / drafter_kv)
+        free = free if there > 0 else min(free, there)
     return MemoryPlan(
         memory_bytes=pair.hardware.memory_bytes,
         usable_bytes=usable,
         verifier_bytes=verifier,
-        drafter_bytes=own / devices,
+        drafter_bytes=beside,
         activation_bytes=active,
         reserve_bytes=RESERVE_BYTES,
         kv_bytes_per_token=per_token,
-        drafter_kv_bytes_per_token=drafter_kv,
+        drafter_kv_bytes_per_token=0.0 if aside else drafter_kv,
         free_bytes=max(free, 0.0),
         missing_bytes=max(-free, 0.0),
         kv_capacity_tokens=tokens,
@@ -102,14 +113,16 @@ def energy_per_token(pair: FirstPrinciples, step: AbstractStepTime, state: Batch
         joules = devices * (power*step_time/(sequences*tokens_per_step) + prefill power*prefill_time/output_length)
 
     activity = time that the step would take at the data sheet's peaks (the longer of memory and compute, and drafting),
-    over the time that it takes: a device that waits for launches draws idle power. Idle time between steps is not
-    counted. A stated model, not a measurement: expect errors of tens of percent.
+    over the time that it takes: a device that waits for launches draws idle power. Idle time between steps, and a
+    device of the drafter's own, are not counted. A stated model, not a measurement: expect errors of tens of percent.
     """
     ideal = pair.step_time(IDEAL)
     memory = ideal.weight_read + ideal.kv_read * state.kv_tokens
     if ideal.experts is not None:
         memory = memory + ideal.experts.verify(state)
-    busy = jnp.maximum(memory, ideal.token_compute * state.query_tokens) + ideal(state).draft
+    busy = jnp.maximum(memory, ideal.token_compute * state.query_tokens)
+    if pair.drafter_hardware is None:
+        busy = busy + ideal(state).draft
     time = step(state).total
     low, span = pair.hardware.idle_power, pair.hardware.power_limit - pair.hardware.idle_power
     power = low + span * jnp.minimum(busy / time, 1.0)

@@ -17,13 +17,17 @@ from test_architecture import (
     QWEN3_1B7,
 )
 
+from diffspec.acceptance import ConstantAcceptance
+from diffspec.analysis.before_traces import before_traces, predict_before_traces
 from diffspec.architecture import Transformer, eagle_head, read_architecture
+from diffspec.drafters import OverlappedDrafter, RemoteDrafter, WindowedDrafter
 from diffspec.first_principles import IDEAL, SPREAD, Efficiency, FirstPrinciples, draws, step_time_from
 from diffspec.hardware import accelerator
 from diffspec.parameters import parameter_infos
 from diffspec.resources import RESERVE_BYTES, activation_bytes, energy_per_token, memory_plan
 from diffspec.results import InputError
 from diffspec.step_time import BatchState
+from diffspec.workload import Workload
 
 LLAMA, SMALL = read_architecture(LLAMA_8B), read_architecture(LLAMA_1B)
 H200 = accelerator("h200")
@@ -87,6 +91,53 @@ def test_kinds_of_drafters(kind):
     # EAGLE on Apertus-8B, GH200: 0.46 ms a pass (swiss-ai/apertus-speculative-decoding, fitted)
     measured = FirstPrinciples(read_architecture(APERTUS_8B), accelerator("gh200"), drafter_kind="head").step_time()
     assert 0.5 < measured.draft.pass_base / 0.46e-3 < 2.0
+
+
+@pytest.mark.parametrize(("name", "kind"), [("eagle", "head"), ("mtp", "head"), ("suffix", "ngram"), ("none", "")])
+def test_kinds_have_the_names_that_engines_use(name, kind):
+    assert FirstPrinciples(LLAMA, H200, drafter_kind=name) == FirstPrinciples(LLAMA, H200, drafter_kind=kind)
+
+
+def test_a_drafter_with_a_window_on_other_hardware_beside_the_verifier():
+    """The options of a drafter mean its wrappers."""
+    l4 = accelerator("l4")
+    asked = {"drafter_window": 100.0, "draft_overlap": 0.6, "drafter_hardware": l4, "transfer_latency": 5e-4}
+    pair = replace(PAIR, tensor_parallel=2, **asked)
+    alone = FirstPrinciples(LLAMA, l4, SMALL).step_time().draft
+    expected = OverlappedDrafter(RemoteDrafter(WindowedDrafter(alone, 100.0), 5e-4), 0.6)
+    state = BatchState(sequences=4.0, query_tokens=20.0, kv_tokens=4000.0, draft_passes=4.0, draft_tokens=16.0)
+    step = pair.step_time()(state)
+    assert_close(step.draft, expected.draft(state, step.verify), 1e-12)
+    assert_close(step.verify, replace(PAIR, tensor_parallel=2).step_time()(state).verify, 1e-12)
+    for name in asked:  # each of them matters
+        fewer = {key: value for key, value in asked.items() if key != name and name != "drafter_hardware"}
+        assert abs(float(replace(PAIR, tensor_parallel=2, **fewer).step_time()(state).draft / step.draft) - 1) > 1e-3
+
+
+def test_memory_of_a_drafter_with_a_window_or_a_device_of_its_own():
+    window = memory_plan(replace(PAIR, drafter_window=128.0))
+    assert_close(window.drafter_kv_bytes_per_token, 32768 * 128 / 1280, 1e-12)
+    aside = memory_plan(replace(PAIR, drafter_hardware=accelerator("l4")))
+    assert (aside.drafter_bytes, aside.drafter_kv_bytes_per_token) == (0.0, 0.0)
+    there = 0.9 * 24e9 - SMALL.weight_bytes - activation_bytes(SMALL, 8192) - RESERVE_BYTES
+    assert_close(aside.kv_capacity_tokens, there / 32768, 1e-12)  # the L4 holds fewer tokens than the H200
+    big = memory_plan(FirstPrinciples(LLAMA, H200, read_architecture(LLAMA_70B), drafter_hardware=accelerator("l4")))
+    assert not big.fits and big.missing_bytes > 120e9
+
+
+def test_a_drafter_that_abstains_before_any_trace():
+    """Tokens per step 1 + p*(E - 1), by the model and by the simulator, which draws the abstentions."""
+    from diffspec.analysis.simulated import simulate_answer
+
+    pair = FirstPrinciples(LLAMA, H200, drafter_kind="ngram", draft_probability=0.25)
+    load, acceptance = Workload(1024.0, 256.0, concurrency=4.0), ConstantAcceptance(0.7)
+    answer = predict_before_traces(pair, load, 4, acceptance=acceptance)
+    assert_close(answer["tokens_per_step"], 1 + 0.25 * (float(acceptance.tokens_per_step(4)) - 1), 1e-9)
+    assert "share of steps that are drafted for: 0.25" in answer["assumptions"]
+    deployment = before_traces(pair).deployment
+    config = deployment.configuration(4.0, acceptance=acceptance)
+    found, _ = simulate_answer(deployment, load, config, n_requests=200, replications=2)
+    assert_close(found["metrics"]["tpot"]["mean"]["value"], answer["tpot"], 0.03)
 
 
 def test_sliding_windows_shorten_the_cache():
@@ -186,6 +237,15 @@ def test_energy_by_hand():
         ({"drafter_kind": "model"}, "needs the drafter's config.json"),
         ({"drafter_kind": "ngram", "drafter": SMALL}, "has no weights"),
         ({"tensor_parallel": 0}, "tensor_parallel: got 0"),
+        ({"drafter_kind": "none", "drafter": SMALL}, "'none' has no weights"),
+        ({"prompt_length": -5.0}, r"prompt_length: got -5\.0"),
+        ({"output_length": float("nan")}, "output_length: got nan"),
+        ({"draft_probability": 0.5}, "draft_probability needs a drafter"),
+        ({"drafter": SMALL, "draft_probability": 1.5}, r"draft_probability: got 1\.5"),
+        ({"drafter": SMALL, "draft_overlap": -0.1}, r"draft_overlap: got -0\.1"),
+        ({"drafter": SMALL, "drafter_window": 0.0}, r"drafter_window: got 0\.0"),
+        ({"drafter": SMALL, "transfer_latency": 1e-3}, "transfer_latency needs a drafter_hardware"),
+        ({"drafter_kind": "ngram", "drafter_hardware": H200}, "drafter_hardware: a lookup has no weights"),
     ],
 )
 def test_what_makes_no_pair_is_said(fields, told):
@@ -201,6 +261,12 @@ def test_pairs_survive_json():
     pair = FirstPrinciples(read_architecture(GPT_OSS_20B), H200, drafter_kind="head", tensor_parallel=2)
     assert FirstPrinciples.from_dict(json.loads(json.dumps(pair.to_dict()))) == pair
     assert pair.name == "gpt_oss + one-layer head for gpt_oss on 2x h200"
+    aside = replace(PAIR, drafter_hardware=accelerator("l4"), transfer_latency=1e-3, draft_overlap=0.5)
+    aside = replace(aside, drafter_window=64.0, draft_probability=0.9)
+    assert FirstPrinciples.from_dict(json.loads(json.dumps(aside.to_dict()))) == aside
+    assert aside.name == "llama + llama on h200, drafter on l4"
+    older = {name: value for name, value in PAIR.to_dict().items() if not name.startswith(("draft_", "transfer"))}
+    assert FirstPrinciples.from_dict(older) == PAIR  # written before a drafter could run elsewhere
 
 
 def test_time_falls_with_bandwidth_smoothly():

@@ -469,6 +469,21 @@ def test_the_others_refuse_what_predict_refuses(command):
         assert ran.code == 2 and told in ran.err and ran.out == "", ran.err
 
 
+def test_how_the_drafter_runs_is_asked_before_any_trace(measured):
+    load = ("--hardware", "h200", *CLI_LOAD, *CLI_DRAFT)
+    plain = answer_of("predict", *CLI_PAIR, *load)
+    aside = ("--drafter-hardware", "h200", "--transfer-latency", "5e-4", "--draft-overlap", "0.9")
+    hidden = answer_of("predict", *CLI_PAIR, *load, *aside, "--drafter-window", "256")
+    assert hidden["itl"] < plain["itl"] and hidden["memory"]["drafter_bytes"] == 0
+    told = " ".join(hidden["assumptions"])
+    assert "the drafter runs on h200, 0.5 ms there" in told and "256 tok" in told and "verifies: 0.9" in told
+    seldom = answer_of("predict", *CLI_PAIR[:2], *load, "--drafter-kind", "suffix", "--draft-probability", "0.5")
+    assert_close(seldom["tokens_per_step"], 1 + 0.5 * (plain["tokens_per_step"] - 1), 1e-9)
+    asked = ("predict", measured[0] / "model.json", "--arrival-rate", "3", "--draft-length", "4")
+    fitted = [answer_of(*asked, *more) for more in ((), ("--draft-probability", "0.5"))]
+    assert_close(fitted[1]["tokens_per_step"], 1 + 0.5 * (fitted[0]["tokens_per_step"] - 1), 1e-9)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -476,6 +491,9 @@ def test_the_others_refuse_what_predict_refuses(command):
         ((*CLI_PAIR, "--hardware", "?", *CLI_LOAD, *CLI_DRAFT), "hardware: got '?'; allowed: a100, a100-40gb, h100"),
         ((*CLI_PAIR, "--hardware", "h20", *CLI_LOAD, *CLI_DRAFT), "did you mean h200?"),
         (("--hardware", "h200", *CLI_LOAD, *CLI_DRAFT), "MODEL.JSON or --verifier: got neither"),
+        ((TRACE, *CLI_LOAD, *CLI_DRAFT, "--draft-overlap", "0.5"), "--draft-overlap goes with --verifier"),
+        ((TRACE, *CLI_LOAD, *CLI_DRAFT, "--drafter-hardware", "l4"), "--drafter-hardware goes with --verifier"),
+        ((*CLI_PAIR, "--hardware", "h200", *CLI_LOAD, *CLI_DRAFT, "--draft-overlap", "2"), "draft_overlap: got 2"),
         ((TRACE, *CLI_PAIR, "--hardware", "h200", *CLI_LOAD, *CLI_DRAFT), "MODEL.JSON or --verifier: got both"),
         (
             (TRACE, *CLI_PAIR[2:], "--hardware", "h200", *CLI_LOAD, *CLI_DRAFT),

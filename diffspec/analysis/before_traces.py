@@ -109,6 +109,7 @@ def before_traces(pair: FirstPrinciples, max_batched_tokens: float | None = None
     plan = memory_plan(pair, batched_tokens=tokens)
     deployment = unmeasured_deployment(pair, plan)
     deployment.defaults["method"] = VLLM_METHODS.get(pair.drafter_kind)
+    deployment.defaults["draft_probability"] = pair.draft_probability
     return Unmeasured(deployment, pair, plan, partial(prior_draws, pair, DRAWS), _assumptions(pair, tokens))
 
 
@@ -136,8 +137,8 @@ def check_drafting(pair: FirstPrinciples, draft_length: float, acceptance: Abstr
     """Raise :class:`InputError` for drafting without a drafter or an acceptance."""
     if draft_length > 0 and not pair.drafter_kind:
         raise InputError(
-            f"draft_length {draft_length:g} needs a drafter: give --drafter config.json, or --drafter-kind head, block "
-            "or ngram"
+            f"draft_length {draft_length:g} needs a drafter: give --drafter config.json, or --drafter-kind head, mtp, "
+            "block or ngram"
         )
     if draft_length > 0 and acceptance is None:
         raise InputError(
@@ -234,6 +235,22 @@ def _energy(pair: FirstPrinciples, serving: ServingModel, config: Configuration,
     return {"joules": finite(joules), "power": finite(power), "sequences": sequences}
 
 
+def _how_it_drafts(pair: FirstPrinciples) -> list[str]:
+    lines = []
+    if pair.draft_probability < 1 or pair.drafter is None:
+        lines.append(f"share of steps that are drafted for: {pair.draft_probability:g}")
+    if pair.drafter_window is not None:
+        lines.append(f"the drafter attends to {pair.drafter_window:g} tok of each sequence")
+    if pair.drafter_hardware is not None:
+        lines.append(
+            f"the drafter runs on {pair.drafter_hardware.name}, {pair.transfer_latency * 1e3:g} ms there and back each "
+            "step; its prefill is hidden, its energy not counted"
+        )
+    if pair.draft_overlap > 0:
+        lines.append(f"share of drafts that are made while the verifier verifies: {pair.draft_overlap:g}")
+    return lines
+
+
 def _assumptions(pair: FirstPrinciples, batched_tokens: float) -> list[str]:
     """What the prediction takes for granted, one line each."""
     infos = parameter_infos(Efficiency())
@@ -256,4 +273,5 @@ def _assumptions(pair: FirstPrinciples, batched_tokens: float) -> list[str]:
             f"drafter: {pair.drafter_kind}, {pair.drafter.name if pair.drafter else 'no weights'}; "
             "acceptance is as given and in no interval"
         )
+        lines += _how_it_drafts(pair)
     return [*lines, *pair.verifier.notes]

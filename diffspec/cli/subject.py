@@ -40,9 +40,14 @@ DrafterKind = Annotated[
         "--drafter-kind",
         metavar="KIND",
         rich_help_panel=_HARDWARE,
-        help="model, head (EAGLE-like), block or ngram; default: model with --drafter.",
+        help="model, head (or eagle, mtp), block (one pass), ngram (or suffix), none; default: model with --drafter.",
     ),
 ]
+_RUNS = "How the drafter runs"
+
+
+def _runs(name: str, metavar: str, text: str):
+    return typer.Option(name, metavar=metavar, rich_help_panel=_RUNS, help=text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +62,22 @@ class SubjectOptions:
     hardware: Hardware = None
     tensor_parallel: TensorParallel = None
     drafter_kind: DrafterKind = None
+    draft_probability: Annotated[
+        float | None,
+        _runs("--draft-probability", "P", "Share of steps that are drafted for, 0 to 1: an n-gram drafter abstains."),
+    ] = None
+    drafter_window: Annotated[
+        float | None, _runs("--drafter-window", "N", "Cached tokens of a sequence that the drafter attends to.")
+    ] = None
+    draft_overlap: Annotated[
+        float | None, _runs("--draft-overlap", "S", "Share of drafts made while the verifier verifies, 0 to 1.")
+    ] = None
+    drafter_hardware: Annotated[
+        str | None, _runs("--drafter-hardware", "NAME", "A device of the drafter's own; the same names.")
+    ] = None
+    transfer_latency: Annotated[
+        float | None, _runs("--transfer-latency", "S", "Seconds there and back between both devices, each step.")
+    ] = None
 
     def check(self) -> None:
         """Raise :class:`InputError` unless a model or a verifier is given, with options that go with it."""
@@ -70,12 +91,16 @@ class SubjectOptions:
             )
         if self.model is not None and (self.drafter is not None or self.drafter_kind is not None):
             raise InputError("--drafter and --drafter-kind go with --verifier: a fitted model has its own drafter")
+        for name in ("drafter_window", "draft_overlap", "drafter_hardware", "transfer_latency"):
+            if self.model is not None and getattr(self, name) is not None:
+                raise InputError(f"--{name.replace('_', '-')} goes with --verifier: a fitted model has its own drafter")
         if self.model is not None and self.hardware is None and self.tensor_parallel is not None:
             raise InputError("--tensor-parallel needs --hardware: which device the model is to be transferred to")
 
     def find(self, asked: WorkloadOptions, draft_length: float) -> "tuple[FittedDeployment, Unmeasured | None]":
         """The deployment, and what is told of it where it was not measured; ``draft_length``: the longest asked for."""
         from diffspec.results import InputError
+        from diffspec.workload import check_range
 
         self.check()
         if self.verifier is not None:
@@ -89,6 +114,11 @@ class SubjectOptions:
                 *(self.verifier, self.drafter, self.hardware, self.tensor_parallel, self.drafter_kind),
                 prompt_length=prompt,
                 output_length=output,
+                draft_probability=self.draft_probability,
+                drafter_window=self.drafter_window,
+                draft_overlap=self.draft_overlap,
+                drafter_hardware=self.drafter_hardware,
+                transfer_latency=self.transfer_latency,
             )
             one = asked.tokens_per_step is not None
             check_drafting(pair, draft_length, asked.acceptance_model(draft_length if one else None))
@@ -96,6 +126,10 @@ class SubjectOptions:
             return subject.deployment, subject
         assert self.model is not None
         deployment = read_model(self.model).deployment(asked.deployment)
+        if self.draft_probability is not None:
+            check_range("--draft-probability", self.draft_probability, 0, 1, low_open=False, unit="(share of steps)")
+            defaults = deployment.defaults | {"draft_probability": self.draft_probability}
+            deployment = dataclasses.replace(deployment, defaults=defaults)
         if self.hardware is None:
             return deployment, None
         from diffspec.analysis.before_traces import moved
@@ -117,10 +151,10 @@ def read_pair(
     tensor_parallel: int | None,
     drafter_kind: str | None,
     *,
-    prompt_length: float | None = None,
-    output_length: float | None = None,
+    drafter_hardware: str | None = None,
+    **numbers: float | None,
 ) -> "FirstPrinciples":
-    """Verifier, drafter and hardware as asked; the lengths only where they are known."""
+    """Verifier, drafter and hardware as asked; of ``numbers`` (lengths, how the drafter runs) those that are known."""
     from diffspec.architecture import read_architecture
     from diffspec.first_principles import FirstPrinciples
     from diffspec.hardware import PRESETS, accelerator
@@ -128,12 +162,12 @@ def read_pair(
 
     if hardware is None:
         raise InputError(f"--hardware is missing; allowed: {', '.join(PRESETS)}")
-    lengths = {"prompt_length": prompt_length, "output_length": output_length}
     return FirstPrinciples(
         verifier=read_architecture(verifier),
         hardware=accelerator(hardware),
         drafter=None if drafter is None else read_architecture(drafter),
         drafter_kind=drafter_kind or "",
         tensor_parallel=1 if tensor_parallel is None else tensor_parallel,
-        **{name: float(value) for name, value in lengths.items() if value is not None},
+        drafter_hardware=None if drafter_hardware is None else accelerator(drafter_hardware),
+        **{name: float(value) for name, value in numbers.items() if value is not None},
     )
