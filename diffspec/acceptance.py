@@ -151,10 +151,13 @@ class MeasuredAcceptance(AbstractPositionwise):
     curves: Float[Array, "lengths 32"]
 
     def __check_init__(self):
-        if not self.draft_lengths or list(self.draft_lengths) != sorted(set(self.draft_lengths)):
+        whole = all(isinstance(length, int) and length >= 1 for length in self.draft_lengths)
+        if not self.draft_lengths or not whole or list(self.draft_lengths) != sorted(set(self.draft_lengths)):
             raise InputError(f"draft_lengths: got {self.draft_lengths}; allowed: whole numbers >= 1, increasing")
         if len(self.draft_lengths) != self.curves.shape[0]:
             raise InputError(f"{len(self.draft_lengths)} draft lengths but {self.curves.shape[0]} acceptance curves")
+        for curve in [] if isinstance(self.curves, Tracer) else self.curves:
+            check_position_acceptance(curve)
 
     def conditional_rates(self, draft_length: Scalar) -> Float[Array, "32"]:
         rates = self.curves[0]
@@ -199,6 +202,8 @@ def _extend(rates):
 
 def check_position_acceptance(rates) -> None:
     """Raise :class:`InputError` unless there are 1 to 32 conditional rates, each in [0, 1] where concrete."""
+    if not eqx.is_array_like(rates) or np.ndim(rates) != 1:
+        raise InputError(f"position_acceptance: got {rates!r}; allowed: an array of one rate for each position")
     if not 1 <= rates.shape[0] <= MAX_DRAFT_LENGTH:
         raise InputError(f"position_acceptance: got {rates.shape[0]} positions; allowed: 1 to {MAX_DRAFT_LENGTH}")
     if not eqx.is_array(rates) or isinstance(rates, Tracer):

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from diffspec.results import InputError
+from diffspec.workload import as_numbers, check_range
 
 _ROUNDED = 1e-9
 
@@ -70,7 +71,7 @@ def histogram_to_conditional(histogram: ArrayLike) -> Float[np.ndarray, "positio
     >>> histogram_to_conditional([10, 5, 5]).tolist()
     [0.5, 0.5]
     """
-    counts = np.asarray(histogram, dtype=float)
+    counts = as_numbers("histogram", histogram)
     if counts.ndim != 1 or counts.size < 2 or not np.all(np.isfinite(counts) & (counts >= 0)) or counts.sum() <= 0:
         raise InputError("histogram: allowed: finite numbers >= 0 for 0, 1, ..., k accepted drafts, not all of them 0")
     at_least = np.cumsum(counts[::-1])[::-1]
@@ -101,6 +102,7 @@ def draft_acceptance_rate_to_tokens_per_step(draft_acceptance_rate: float | int,
     >>> draft_acceptance_rate_to_tokens_per_step(0.6, 2)
     2.2
     """
+    check_range("draft_length", draft_length, 0, 1e6, low_open=False, unit="tok")
     return float(1.0 + draft_length * _fractions("draft_acceptance_rate", [draft_acceptance_rate])[0])
 
 
@@ -111,6 +113,8 @@ def tokens_per_step_to_constant(tokens_per_step: float | int, draft_length: floa
     >>> round(tokens_per_step_to_constant(1.75, 2), 6)
     0.5
     """
+    check_range("draft_length", draft_length, 0, 1e6, low_open=True, unit="tok")
+    check_range("tokens_per_step", tokens_per_step, 1, draft_length + 1, low_open=False, unit="tok")
     whole = int(draft_length)
     fraction = draft_length - whole
     low, high = 0.0, 1.0
@@ -123,7 +127,7 @@ def tokens_per_step_to_constant(tokens_per_step: float | int, draft_length: floa
 
 
 def _fractions(name: str, rates: ArrayLike) -> np.ndarray:
-    values = np.asarray(rates, dtype=float)
+    values = as_numbers(name, rates)
     if values.ndim != 1 or not values.size or not np.all((values >= 0) & (values <= 1)):
         raise InputError(f"{name}: got {values.tolist()}; allowed: [0, 1] each; divide percentages by 100")
     return values

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractPositionwise, PositionAcceptance, monotone_weights
 from diffspec.parameters import Scalar
 from diffspec.results import InputError
-from diffspec.workload import check_range
+from diffspec.workload import as_numbers, check_range
 
 
 class DecayingAcceptance(AbstractPositionwise):
@@ -60,8 +60,9 @@ def fit_decay(position_acceptance: ArrayLike, reached: ArrayLike | None = None) 
     >>> round(float(found.first_rate), 6), round(float(found.decay), 6)
     (0.8, 0.9)
     """
-    rates = np.asarray(position_acceptance, dtype=float)
-    weights = np.concatenate([[1.0], np.cumprod(rates)[:-1]]) if reached is None else np.asarray(reached, dtype=float)
+    rates = as_numbers("position_acceptance", position_acceptance)
+    reach = np.concatenate([[1.0], np.cumprod(rates)[:-1]])
+    weights = reach if reached is None else as_numbers("reached", reached)
     if rates.ndim != 1 or not rates.size or not np.all((rates >= 0) & (rates <= 1)):
         raise InputError(f"position_acceptance: got {rates.tolist()}; allowed: [0, 1] each")
     if weights.shape != rates.shape or not np.all(np.isfinite(weights) & (weights >= 0)) or weights[0] <= 0:
@@ -97,11 +98,13 @@ def decay_from_tokens_per_step(draft_lengths: ArrayLike, tokens_per_step: ArrayL
     >>> round(float(found.first_rate), 4), round(float(found.decay), 4)
     (0.8, 0.9)
     """
-    lengths, measured = np.asarray(draft_lengths, dtype=float), np.asarray(tokens_per_step, dtype=float)
+    lengths, measured = as_numbers("draft_lengths", draft_lengths), as_numbers("tokens_per_step", tokens_per_step)
     if lengths.ndim != 1 or not lengths.size or lengths.shape != measured.shape:
         raise InputError(f"tokens_per_step: got {measured.size} values for {lengths.size} draft lengths")
     for k, tokens in zip(lengths.tolist(), measured.tolist(), strict=True):
         check_range("draft_length", k, 1, MAX_DRAFT_LENGTH, low_open=False, unit="tok")
+        if k != round(k):
+            raise InputError(f"draft_lengths: got {k:g}; allowed: whole numbers")
         check_range("tokens_per_step", tokens, 1, k + 1, low_open=False, unit="tok")
     j = np.arange(1, MAX_DRAFT_LENGTH + 1)
     within = j <= lengths[:, None]
@@ -140,9 +143,10 @@ def shrink_to_decay(accepted: ArrayLike, reached: ArrayLike, prior_steps: float 
     >>> [round(float(rate), 2) for rate in curve[:4]]
     [0.8, 0.72, 0.63, 0.58]
     """
-    took, tried = np.asarray(accepted, dtype=float), np.asarray(reached, dtype=float)
-    if took.shape != tried.shape or not 1 <= took.size <= MAX_DRAFT_LENGTH or not np.all((took >= 0) & (took <= tried)):
-        raise InputError("accepted: allowed: 0 to reached at each of 1 to 32 positions")
+    took, tried = as_numbers("accepted", accepted), as_numbers("reached", reached)
+    counts = took.shape == tried.shape and 1 <= took.size <= MAX_DRAFT_LENGTH and took.ndim == 1
+    if not counts or not np.all((took >= 0) & (took <= tried) & np.isfinite(tried)):
+        raise InputError("accepted: allowed: 0 to reached (finite) at each of 1 to 32 positions")
     check_range("prior_steps", prior_steps, 0, 1e9, low_open=True, unit="steps")
     decay = fit_decay(took / np.maximum(tried, 1e-12), tried)
     prior = np.asarray(decay.conditional_rates(MAX_DRAFT_LENGTH))

@@ -33,10 +33,14 @@ class Configuration(eqx.Module):
     def __check_init__(self):
         check_range("draft_length", self.draft_length, 0, MAX_DRAFT_LENGTH, low_open=False, unit="tok")
         check_range("max_batch_size", self.max_batch_size, 1, 1e9, low_open=False, unit="req")
+        check_range("kv_capacity_tokens", self.kv_capacity_tokens, 0, 1e15, low_open=True, unit="tok")
         check_range("max_batched_tokens", self.max_batched_tokens, 1, 1e12, low_open=False, unit="tok")
         check_range("draft_probability", self.draft_probability, 0, 1, low_open=False, unit="")
         check_range("drafter_scale", self.drafter_scale, 0, 1e6, low_open=True, unit="(ratio of parameter counts)")
         check_range("verifier_scale", self.verifier_scale, 0, 1e6, low_open=True, unit="(ratio of parameter counts)")
+        if isinstance(self.acceptance, int | float):
+            wanted = f"ConstantAcceptance({self.acceptance!r})"
+            raise InputError(f"acceptance: got {self.acceptance!r}; allowed: an acceptance, such as {wanted}")
         if self.acceptance is None and not (isinstance(self.draft_length, (int, float)) and self.draft_length == 0):
             raise InputError("draft_length > 0 needs an acceptance: ConstantAcceptance or PositionAcceptance, say")
 

@@ -58,6 +58,9 @@ class DraftCost(AbstractDrafter):
     block_sequence: Scalar = parameter(0.0, unit="s/req", meaning="drafting once a step, for each sequence")
     prefill_token: Scalar = parameter(0.0, unit="s/tok", meaning="drafter prefill, for each prompt token")
 
+    def __check_init__(self):
+        _check_costs(self)
+
     def draft(self, state: BatchState, verify: Scalar = 0.0):
         """Drafting time of one step [s]; zero without a drafter, so k = 0 and k -> 0+ differ by the block terms."""
         per_pass = self.pass_base + self.pass_sequence * state.sequences + self.pass_kv * state.kv_tokens
@@ -283,5 +286,7 @@ def _roofline(memory, compute):
 
 def _check_costs(drafter: AbstractDrafter) -> None:
     for name, value in vars(drafter).items():
+        if isinstance(value, AbstractDrafter):
+            continue
         unit = "s/tok" if name.endswith(("_token", "_compute", "kv_read")) else "s"
         check_range(name, value, 0, 1e6, low_open=False, unit=unit)

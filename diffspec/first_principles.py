@@ -54,6 +54,12 @@ class Efficiency(eqx.Module):
     )
     request_overhead: Scalar = parameter(8e-3, unit="s", meaning="per request, outside the engine step (HTTP, tokens)")
 
+    def __check_init__(self):
+        for name, info in parameter_infos(self).items():
+            divides = name in ("memory", "kv", "compute", "link")
+            high = min(info.high, 1e6)
+            check_range(name, getattr(self, name), info.low, high, low_open=divides, unit=f"({info.meaning})")
+
 
 SPREAD = {
     "memory": 0.5,
@@ -144,6 +150,12 @@ class FirstPrinciples:
     transfer_latency: float = 0.0
 
     def __post_init__(self):
+        for name, model in (("verifier", self.verifier), ("drafter", self.drafter)):
+            if not isinstance(model, Transformer) and not (model is None and name == "drafter"):
+                raise InputError(f"{name}: got {model!r}; allowed: a Transformer, such as read_architecture makes")
+        for name, device in (("hardware", self.hardware), ("drafter_hardware", self.drafter_hardware)):
+            if not isinstance(device, Accelerator) and not (device is None and name == "drafter_hardware"):
+                raise InputError(f"{name}: got {device!r}; allowed: an Accelerator, such as accelerator('h100') makes")
         kind = self.drafter_kind or ("model" if self.drafter is not None else "")
         if kind and kind not in (*DRAFTER_KINDS, *ALSO_CALLED):
             raise InputError(f"drafter_kind: got {kind!r}; allowed: {', '.join((*DRAFTER_KINDS, *ALSO_CALLED))}")

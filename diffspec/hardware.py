@@ -6,6 +6,7 @@ bytes; HBM cards report up to 7 % more (80 GB are 80 GiB there), so a memory pla
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -51,8 +52,11 @@ class Accelerator:
             "idle_power": self.idle_power,
         } | {f"peak_flops[{name!r}]": value for name, value in self.peak_flops.items()}
         for name, value in numbers.items():
-            if not value > 0:
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise InputError(f"{self.name}: {name}: got {value!r}; allowed: a positive number")
+        if self.idle_power > self.power_limit:
+            allowed = f"at most power_limit, {self.power_limit:g} W"
+            raise InputError(f"{self.name}: idle_power: got {self.idle_power:g} W; allowed: {allowed}")
         unknown = set(self.peak_flops) - set(FORMATS)
         if unknown or not self.peak_flops:
             raise InputError(
@@ -83,7 +87,7 @@ def accelerator(name: str) -> Accelerator:
     >>> accelerator("RTX 4090").power_limit
     450.0
     """
-    key = "".join(letter for letter in name.lower() if letter.isalnum())
+    key = "".join(letter for letter in str(name).lower() if letter.isalnum())
     presets = {"".join(letter for letter in preset if letter.isalnum()): preset for preset in PRESETS}
     if key in presets:
         return PRESETS[presets[key]]

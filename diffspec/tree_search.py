@@ -13,7 +13,7 @@ from diffspec.batch_state import BatchState
 from diffspec.parameters import Scalar
 from diffspec.results import InputError
 from diffspec.step_time import AbstractStepTime
-from diffspec.trees import MAX_NODES, Tree, check_probabilities
+from diffspec.trees import MAX_NODES, Tree, check_probabilities, check_whole
 from diffspec.workload import check_range
 
 
@@ -56,6 +56,8 @@ def best_budget(
     hardware-aware choice, at any load.
     """
     check_range("sequences", sequences, 0, 1e9, low_open=True, unit="req")
+    check_range("context", context, 0, 1e9, low_open=False, unit="tok")
+    check_whole("max_budget", max_budget, 0, MAX_NODES)
     known = _host(probabilities, max_depth)
     programmes = [_Programme(max_budget, known, limit) for limit in range(1, max_depth + 1)]
     tokens = np.stack([np.r_[1.0, np.full(max_budget, -np.inf)], *(programme.best for programme in programmes)])
@@ -90,6 +92,8 @@ class RegularTree(eqx.Module):
     probabilities: Float[Array, "depths ranks"]
 
     def __check_init__(self):
+        if not eqx.is_array_like(self.probabilities) or self.probabilities.ndim != 2:
+            raise InputError("probabilities: allowed: an array, one row for each depth, one column for each rank")
         check_range("width", self.width, 1, self.probabilities.shape[1], low_open=False, unit="candidates")
         check_range("depth", self.depth, 0, MAX_DRAFT_LENGTH, low_open=False, unit="tok")
         if self.probabilities.shape[0] > MAX_DRAFT_LENGTH or self.probabilities.shape[1] > MAX_DRAFT_LENGTH:
@@ -126,7 +130,7 @@ def _sum_of_first(row, width):
 
 
 def _host(probabilities, max_depth: int) -> np.ndarray:
-    check_range("max_depth", max_depth, 1, MAX_DRAFT_LENGTH, low_open=False, unit="tok")
+    check_whole("max_depth", max_depth, 1, MAX_DRAFT_LENGTH)
     array = np.asarray(check_probabilities(probabilities))
     if array.shape[0] == 1:
         array = np.broadcast_to(array, (max_depth, array.shape[1]))
@@ -139,7 +143,7 @@ class _Programme:
     """Best trees of every budget up to ``budget``, at most ``max_depth`` deep; ``best[m]`` = E with exactly m nodes."""
 
     def __init__(self, budget: int, probabilities: np.ndarray, max_depth: int):
-        check_range("budget", budget, 0, MAX_NODES, low_open=False, unit="nodes")
+        check_whole("budget", budget, 0, MAX_NODES)
         sizes = np.arange(budget + 1)
         gap = sizes[:, None] - sizes[None, :]  # nodes left for the candidates before the last one
         self.widths, self.shares = [], []

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractPositionwise, monotone_weights
 from diffspec.parameters import Scalar
 from diffspec.results import InputError
+from diffspec.workload import as_numbers
 
 MAX_NODES = 1024
 """Most drafted nodes of a tree [tok]."""
@@ -42,7 +43,10 @@ class Tree:
     """
 
     def __init__(self, parents: Sequence[int]):
-        self.parents = tuple(int(parent) for parent in parents)
+        known = as_numbers("parents", parents)
+        if known.ndim != 1 or not np.all(np.isfinite(known)) or np.any(known != np.round(known)):
+            raise InputError(f"parents: got {parents!r}; allowed: whole numbers, -1 or an earlier node each")
+        self.parents = tuple(int(parent) for parent in known)
         if len(self.parents) > MAX_NODES or any(not -1 <= p < i for i, p in enumerate(self.parents)):
             raise InputError(f"parents: allowed: at most {MAX_NODES}, each -1 or an earlier node")
         depth, rank, children = [], [], {}
@@ -59,13 +63,15 @@ class Tree:
         >>> Tree.regular(2, 3).nodes
         14
         """
+        for name, value, low in (("width", width, 1), ("depth", depth, 0)):
+            check_whole(name, value, low, MAX_NODES)
         parents, level = [], [-1]
         for _ in range(depth):
+            if len(parents) + len(level) * width > MAX_NODES:
+                raise InputError(f"width {width}, depth {depth}: allowed: at most {MAX_NODES} nodes")
             first = len(parents)
             parents += [parent for parent in level for _ in range(width)]
             level = list(range(first, len(parents)))
-            if len(parents) > MAX_NODES:
-                raise InputError(f"width {width}, depth {depth}: allowed: at most {MAX_NODES} nodes")
         return cls(parents)
 
     @property
@@ -112,12 +118,19 @@ class Tree:
         return jnp.sum(self.survival(probabilities))
 
 
+def check_whole(name: str, value: int, low: int, high: int) -> None:
+    """Raise :class:`InputError` unless ``value`` is a whole number in [low, high]."""
+    if not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise InputError(f"{name}: got {value!r}; allowed: a whole number, {low} to {high}")
+
+
 def check_probabilities(probabilities, tree: Tree | None = None):
     """Candidates' probabilities as an array [depth, rank]; one row serves every depth of a tree that is deeper.
 
     Errors: :class:`InputError` unless each is in [0, 1], rows sum to at most 1, and every node of ``tree`` has one.
     """
-    array = jnp.atleast_2d(jnp.asarray(probabilities, dtype=float))
+    traced = isinstance(probabilities, Tracer) or eqx.is_array(probabilities)
+    array = jnp.atleast_2d(jnp.asarray(probabilities if traced else as_numbers("probabilities", probabilities), float))
     if array.ndim != 2 or not array.size:
         raise InputError("probabilities: allowed: a matrix, one row for each depth, one column for each rank")
     if not isinstance(array, Tracer):

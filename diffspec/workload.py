@@ -2,9 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Float
 
 from diffspec.parameters import Scalar
 from diffspec.results import InputError
@@ -13,14 +17,27 @@ from diffspec.results import InputError
 def check_range(
     name: str, value, low: float | int, high: float | int, *, low_open: bool, unit: str, advice: str = ""
 ) -> None:
-    """Raise :class:`InputError` when a concrete number is outside its range; traced values pass unseen."""
-    if not isinstance(value, (int, float)):
+    """Raise :class:`InputError` when a concrete number is outside its range, or is none; traced values, arrays of many
+    numbers and None (not given) pass unseen."""
+    if value is None or isinstance(value, Tracer) or np.ndim(value):
         return
+    if not isinstance(value, (int, float)):
+        if not hasattr(value, "dtype"):
+            raise InputError(f"{name}: got {value!r}; allowed: a number {unit}".rstrip())
+        value = float(value)
     inside = (value > low if low_open else value >= low) and value <= high and not math.isnan(value)
     if not inside:
         left = "(" if low_open else "["
         hint = f"; {advice}" if advice else ""
         raise InputError(f"{name}: got {value!r}; allowed: {left}{low:g}, {high:g}] {unit}{hint}")
+
+
+def as_numbers(name: str, values: Any) -> Float[np.ndarray, "..."]:
+    """``values`` as an array of reals; :class:`InputError` where they are none."""
+    try:
+        return np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        raise InputError(f"{name}: got {values!r}; allowed: numbers") from None
 
 
 def batched(make: Callable, **columns):

@@ -28,6 +28,7 @@ from diffspec.acceptance_curves import (
     draft_acceptance_rate_to_tokens_per_step,
     histogram_to_conditional,
     marginal_to_conditional,
+    tokens_per_step_to_constant,
 )
 from diffspec.acceptance_decay import DecayingAcceptance, decay_from_tokens_per_step, fit_decay, shrink_to_decay
 from diffspec.results import InputError
@@ -409,6 +410,15 @@ def test_the_decay_prior_helps_where_few_steps_reached_a_position():
         lambda: MeasuredAcceptance((4, 2), jnp.full((2, 32), 0.5)),
         lambda: MeasuredAcceptance((), jnp.full((0, 32), 0.5)),
         lambda: MeasuredAcceptance((2,), jnp.full((2, 32), 0.5)),
+        lambda: MeasuredAcceptance((0, 2), jnp.full((2, 32), 0.5)),
+        lambda: MeasuredAcceptance((2, 4), jnp.full((2, 32), 2.0)),
+        lambda: tokens_per_step_to_constant(5.0, 2),
+        lambda: tokens_per_step_to_constant(float("nan"), 2),
+        lambda: draft_acceptance_rate_to_tokens_per_step(0.5, -1),
+        lambda: draft_acceptance_rate_to_tokens_per_step(0.5, float("nan")),
+        lambda: conditional_to_marginal(["a"]),
+        lambda: decay_from_tokens_per_step([1.5, 2], [1.2, 1.5]),
+        lambda: shrink_to_decay([np.inf], [np.inf]),
         lambda: acceptance_from_tokens_per_step(5.5, 4),
         lambda: acceptance_from_tokens_per_step(0.9, 4),
         lambda: acceptance_from_tokens_per_step(1.5, 0),

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close
@@ -27,6 +28,7 @@ from diffspec.parameters import parameter_infos
 from diffspec.resources import RESERVE_BYTES, activation_bytes, energy_per_token, memory_plan
 from diffspec.results import InputError
 from diffspec.step_time import BatchState
+from diffspec.trees import Tree, TreeAcceptance
 from diffspec.workload import Workload
 
 LLAMA, SMALL = read_architecture(LLAMA_8B), read_architecture(LLAMA_1B)
@@ -228,6 +230,25 @@ def test_energy_by_hand():
     assert_close(half, 75 + 625 / 2, 1e-3)
     both = FirstPrinciples(LLAMA, H200, output_length=100.0, tensor_parallel=2)
     assert float(energy_per_token(both, both.step_time(), state, 2.0, prefill)[1]) > 2 * H200.idle_power
+
+
+def test_energy_of_a_tree_pays_for_its_nodes():
+    pair = FirstPrinciples(LLAMA, H200, drafter_kind="head", prompt_length=16.0)
+    load = Workload(16.0, 256.0, concurrency=128.0)
+    chain, tree = (
+        predict_before_traces(pair, load, 2, acceptance=TreeAcceptance(shape, jnp.asarray([[0.6, 0.0, 0.0, 0.0]])))
+        for shape in (Tree.regular(1, 2), Tree.regular(4, 2))
+    )
+    assert tree["tokens_per_step"] == chain["tokens_per_step"]
+    seconds = [answer["energy_per_token"]["joules"] / answer["energy_per_token"]["power"] for answer in (chain, tree)]
+    assert_close(seconds[1] / seconds[0], tree["tpot"] / chain["tpot"], 0.1)  # the longer step is paid for
+    assert tree["tpot"] > 1.5 * chain["tpot"]
+
+
+def test_efficiencies_out_of_range_are_refused():
+    for wrong in ({"memory": 0.0}, {"compute": -1.0}, {"kv": 2.0}, {"step_overhead": float("nan")}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            Efficiency(**wrong)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,8 @@ def test_an_unknown_name_lists_the_presets():
         ({"peak_flops": {"bf16": -1.0}}, r"peak_flops\['bf16'\]: got -1.0"),
         ({"peak_flops": {"fp6": 1.0}}, r"got \['fp6'\]; allowed: at least one of fp4"),
         ({"peak_flops": {}}, "at least one of"),
+        ({"memory_bytes": float("inf")}, "memory_bytes: got inf"),
+        ({"idle_power": 100.0}, "idle_power: got 100 W; allowed: at most power_limit, 72 W"),
     ],
 )
 def test_a_device_of_ones_own_is_checked(change, told):

@@ -7,9 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffspec.analysis.before_traces import before_traces
+from diffspec.analysis.simulated import engine_of
+from diffspec.architecture import Transformer
+from diffspec.first_principles import FirstPrinciples
+from diffspec.hardware import accelerator
 from diffspec.results import InputError
 from diffspec.simulating import Engine, Lane, Requests, draw_requests, replay, run_lanes, simulate
 from diffspec.step_time import AffineStepTime, DraftCost, RooflineStepTime
+from diffspec.trees import Tree, TreeAcceptance
 from diffspec.workload import Workload
 
 PROMPT_ONLY = AffineStepTime(verify_base=0.01, prefill_token=0.01)
@@ -216,6 +222,7 @@ def test_overload_is_told():
         (lambda: Engine(2), "position_acceptance"),
         (lambda: Engine(1, (1.2,)), "0 to 1"),
         (lambda: Engine(max_batch_size=0), "max_batch_size"),
+        (lambda: simulate_a_tree(), "a chain, not a tree"),
         (lambda: Requests(np.array([1]), np.array([0])), "output_tokens"),
         (lambda: Requests(np.array([1, 1]), np.array([1, 1]), np.array([1.0, 0.5])), "arrival_time"),
         (lambda: one_lane(Engine(kv_capacity_tokens=100)), "kv_capacity_tokens"),
@@ -227,6 +234,17 @@ def test_overload_is_told():
 def test_bad_input_is_told(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def simulate_a_tree():
+    """Its nodes beside the accepted path would be verified for nothing: it is refused, not taken for a chain."""
+    tree = TreeAcceptance(Tree.regular(2, 3), jnp.array([[0.6, 0.2]]))
+    pair = FirstPrinciples(Transformer("x", 2, 8, 32, 2, 1, 4, 16), accelerator("l4"), drafter_kind="head")
+    deployment = before_traces(pair).deployment
+    chain = TreeAcceptance(Tree.regular(1, 3), jnp.array([[0.6]]))
+    engine = engine_of(deployment, Workload(8.0, 8.0, concurrency=1.0), deployment.configuration(3.0, acceptance=chain))
+    assert engine.position_acceptance == pytest.approx((0.6, 0.6, 0.6))
+    engine_of(deployment, Workload(8.0, 8.0, concurrency=1.0), deployment.configuration(3.0, acceptance=tree))
 
 
 def _lane():

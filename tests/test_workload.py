@@ -13,7 +13,7 @@ from diffspec.finite_runs import finite_run_factor
 from diffspec.results import InputError, outcome_name
 from diffspec.serving import ServingModel
 from diffspec.step_time import AffineStepTime
-from diffspec.workload import Workload, check_range
+from diffspec.workload import Workload, as_numbers, check_range
 
 MODEL = ServingModel(AffineStepTime(verify_base=0.02, verify_query=1e-3, prefill_token=1e-4))
 
@@ -56,6 +56,8 @@ def test_a_workload_out_of_range_is_refused(change, words):
         {"draft_probability": 1.1},
         {"drafter_scale": 0.0},
         {"verifier_scale": -1.0},
+        {"kv_capacity_tokens": -5.0},
+        {"draft_length": jnp.asarray(-3.0), "acceptance": ConstantAcceptance(0.8)},
     ],
 )
 def test_a_configuration_out_of_range_is_refused(change):
@@ -69,6 +71,14 @@ def test_ends_of_a_range_and_traced_values():
     check_range("x", 0, 0, 1, low_open=False, unit="")
     with pytest.raises(InputError, match=r"x: got 0; allowed: \(0, 1\] tok; a hint"):
         check_range("x", 0, 0, 1, low_open=True, unit="tok", advice="a hint")
+    for wrong in (jnp.asarray(1.5), np.float32(1.5), np.asarray(np.nan), "0.5"):
+        with pytest.raises(InputError, match=r"x: got .*; allowed: "):
+            check_range("x", wrong, 0, 1, low_open=False, unit="")
+    check_range("x", None, 0, 1, low_open=False, unit="")
+    check_range("x", np.asarray([0.5, 2.0]), 0, 1, low_open=False, unit="")  # many numbers: a batch
+    assert as_numbers("x", [1, "2"]).tolist() == [1.0, 2.0]
+    with pytest.raises(InputError, match=r"x: got \['a'\]; allowed: numbers"):
+        as_numbers("x", ["a"])
     rates = jax.vmap(lambda rate: Workload(64.0, 64.0, arrival_rate=rate).arrival_rate)(jnp.array([-1.0, 1.0]))
     assert_close(rates, [-1.0, 1.0], rtol=0)  # a traced number cannot be judged
 

@@ -221,15 +221,17 @@ def _nothing(answer: dict[str, Any]) -> dict[str, Any]:
 def _energy(pair: FirstPrinciples, serving: ServingModel, config: Configuration, answer) -> dict[str, Any]:
     """Energy of an output token and power of a step at the predicted batch (at least one sequence)."""
     sequences = max(answer["effective_batch_size"] or 1.0, 1.0)
-    drafted = float(config.draft_length) * float(config.draft_probability)
+    passes = drafted = float(config.draft_length) * float(config.draft_probability)
+    if config.acceptance is not None:
+        drafted = float(config.acceptance.drafted_tokens(config.draft_length)) * float(config.draft_probability)
     state = BatchState(
         sequences=sequences,
         query_tokens=sequences * (1.0 + drafted),
         kv_tokens=sequences * pair.context,
-        draft_passes=drafted,
+        draft_passes=passes,
         draft_tokens=sequences * drafted,
     )
-    prompt = BatchState(prefill_tokens=pair.prompt_length, draft_passes=drafted)
+    prompt = BatchState(prefill_tokens=pair.prompt_length, draft_passes=passes)
     step = serving.step_time
     joules, power = energy_per_token(pair, step, state, answer["tokens_per_step"], step(prompt).prefill)  # type: ignore[arg-type]
     return {"joules": finite(joules), "power": finite(power), "sequences": sequences}

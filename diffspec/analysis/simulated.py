@@ -85,7 +85,10 @@ def engine_of(deployment: FittedDeployment, workload: Workload, config: Configur
         raise InputError(f"draft_length: got {length:g}; allowed: a whole number, an engine drafts whole tokens")
     rates: tuple[float, ...] = ()
     if length > 0:
-        if not isinstance(config.acceptance, AbstractPositionwise):
+        if (
+            not isinstance(config.acceptance, AbstractPositionwise)
+            or float(config.acceptance.drafted_tokens(length)) != length
+        ):
             raise InputError("simulate needs the acceptance of each draft position; allowed: a chain, not a tree")
         rates = tuple(float(rate) for rate in config.acceptance.conditional_rates(length)[: round(length)])
     return Engine(

@@ -44,6 +44,8 @@ def read_architecture(config: Mapping[str, Any] | str | os.PathLike[str]) -> Tra
     """
     if isinstance(config, Mapping):
         return _from_config(config, str(config.get("_name_or_path") or config.get("model_type") or "model"))
+    if not isinstance(config, str | os.PathLike):
+        raise InputError(f"config: got {config!r}; allowed: a mapping, or the path of a config.json or its folder")
     path = Path(config)
     path = path / "config.json" if path.is_dir() else path
     try:

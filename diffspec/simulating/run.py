@@ -47,6 +47,11 @@ class Engine:
     request_overhead: float = 0.0
 
     def __post_init__(self):
+        limits = ("max_batch_size", "kv_capacity_tokens", "max_batched_tokens")
+        for name in ("draft_length", *limits):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) and not (value is None and name in limits):
+                raise InputError(f"{name}: got {value!r}; allowed: a whole number")
         if self.draft_length < 0 or (self.draft_length > 0 and not len(self.position_acceptance)):
             raise InputError(f"draft_length: got {self.draft_length}; allowed: 0, or more with a position_acceptance")
         rates = np.asarray(self.position_acceptance, dtype=float)
@@ -57,7 +62,7 @@ class Engine:
         ):
             if not np.all((values >= 0) & (values <= 1)):
                 raise InputError(f"{name}: got {values.tolist()}; allowed: 0 to 1")
-        for name in ("max_batch_size", "kv_capacity_tokens", "max_batched_tokens"):
+        for name in limits:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name}: got {value}; allowed: at least 1, or None for no limit")
