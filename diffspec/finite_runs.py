@@ -37,19 +37,17 @@ _SHORTEST = 1e-9
 
 
 class FiniteRun(eqx.Module):
-    """Means over the requests of one run: ``residence_time`` [s] in service, and ``waiting_time`` [s] for a place where
-    more arrive than a capped batch can serve (that of random fluctuations is not in it); and the run's ``duration`` [s]
-    from the first arrival until less than one request is left."""
+    """One run: the mean ``residence_time`` [s] of its requests in service, and its ``duration`` [s] from the first
+    arrival until less than one request is left. The wait for a place is :func:`diffspec.waiting.wait_of_finite_run`."""
 
     residence_time: Scalar
-    waiting_time: Scalar
     duration: Scalar
 
 
 class _State(eqx.Module):
     """Requests in service of ``equal`` and of ``random`` length, the sums of their ages, those that ``queue``, how many
-    ``arrived``, were ``admitted`` and arrived ``unqueued``, int n dt (``area``), and the equal ones admitted in each
-    step of the last unit, with the excess over half of them, on average during that step (``ring``)."""
+    ``arrived`` and were ``admitted``, int n dt (``area``), and the equal ones admitted in each step of the last unit,
+    with the excess over half of them, on average during that step (``ring``)."""
 
     equal: Scalar
     random: Scalar
@@ -58,7 +56,6 @@ class _State(eqx.Module):
     queue: Scalar
     arrived: Scalar
     admitted: Scalar
-    unqueued: Scalar
     area: Scalar
     ring: Float[Array, "steps 2"]
 
@@ -77,8 +74,7 @@ def finite_run(
     """Integrate a run of ``n_requests`` arrivals at ``arrival_rate`` [req/s] on an engine that is empty at first.
 
     ``work(n, age)`` [s]: see the module. A run longer than 10 units goes on at the residence reached, which approaches
-    ``steady_residence`` [s] below ``capacity`` [req/s] and grows steadily above. Where a capped batch is overloaded the
-    wait grows by 1/capacity - 1/arrival_rate from one request to the next, from the first that finds no place.
+    ``steady_residence`` [s] below ``capacity`` [req/s] and grows steadily above.
 
     >>> run = finite_run(lambda n, age: 1.0 + 0.0 * n, prefill=0.0, arrival_rate=2.0, n_requests=50.0,
     ...     steady_residence=1.0, capacity=20.0)
@@ -125,13 +121,11 @@ def finite_run(
         now, n, _ = after(admitted, early, until)
         queue = jnp.maximum(state.queue + arrivals - admitted, 0.0)
         arrived = state.arrived + arrivals
-        waited = (queue > 1e-6 * (1.0 + arrived)) | (state.unqueued < state.arrived)
         following = _State(
             *now,  # type: ignore[call-arg]
             queue=queue,
             arrived=arrived,
             admitted=state.admitted + admitted,
-            unqueued=jnp.where(waited, state.unqueued, arrived),
             area=state.area + n * time,
             ring=state.ring.at[step % PER_UNIT].set((1.0 - share) * jnp.stack([admitted, early])),
         )
@@ -151,11 +145,8 @@ def finite_run(
     below = steady_residence + (last - steady_residence) * -jnp.expm1(-settled) / settled
     above = last + 0.5 * jnp.maximum(jnp.mean(growth[filled]), 0.0) * seconds / rate
     beyond = jnp.where(rest > 1e-9 * total, jnp.where(rate < capacity, below, above), 0.0)
-    queued = jnp.maximum(total - end.unqueued, 0.0)
-    slower = jnp.maximum(1.0 / capacity - 1.0 / rate, 0.0)
     return FiniteRun(
         residence_time=(end.area + rest * beyond) / total,
-        waiting_time=jnp.where(max_batch_size < total, 0.5 * slower * queued**2 / total, 0.0),
         duration=jnp.maximum(jnp.sum(lasts) + seconds, total / capacity),
     )
 

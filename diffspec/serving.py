@@ -6,9 +6,9 @@ One request that sees n requests in service (itself included; o = n - self_share
 
 with p the prefill time of one prompt, steps the renewal count of :mod:`diffspec.acceptance` and step(n) the engine step
 over n sequences. o/(1+o) is the chance to arrive in mid-step: then the first token waits for the step under way and for
-the others' share of the step that carries the prompt. Of the others' prefill, a closed loop shows sync*(N-1)/2*p in
-ttft (requests that finish together start together; sync falls as the spread of steps per request grows); decode
-carries the rest. All times in s.
+the others' share of the step that carries the prompt. The others' prefill falls evenly on the time of a request; in a
+closed loop, the more its requests start together (sync falls as the spread of steps per request grows), the nearer it
+comes to (N-1)/2*p before the first token. Decode carries the rest. All times in s.
 """
 
 from dataclasses import replace
@@ -101,12 +101,10 @@ class ServingModel(eqx.Module):
             )
             sync, waiting = 0.0, self._waiting(workload, request, state, batch_cap(workload, config))
             if workload.n_requests is not None and self.finite_runs == "fluid":
-                state, queued = self._finite_run(workload, request, state, cap)
-                queues = queued > 1e-12
-                both = jnp.sqrt(waiting**2 + jnp.where(queues, queued, 1.0) ** 2)
-                waiting = jnp.where(queues, both, waiting)  # in overload fluctuations no longer count
-            if config.max_batched_tokens is not None:
-                waiting = waiting + self._prompt_wait(workload, request, state)
+                state = self._finite_run(workload, request, state, cap)
+            if config.max_batched_tokens is not None:  # of that wait the residence holds the others' prefill
+                beyond = self._prompt_wait(workload, request, state) - self._foreign_prefill(request, state, sync)[1]
+                waiting = waiting + jnp.maximum(beyond, 0.0)
         else:
             state = solve_closed_loop(residence, workload.concurrency, max_batch_size=cap)  # type: ignore[arg-type]
             in_flight = jnp.asarray(workload.concurrency, dtype=float)
@@ -201,31 +199,61 @@ class ServingModel(eqx.Module):
 
     def _waiting(self, workload: Workload, request: RequestCost, state: SteadyState, cap):
         """Mean wait [s] for one of ``cap`` places in an open loop; see :mod:`diffspec.waiting`."""
-        if cap is None or self.waiting_states == 0:
+        if cap is None:
             return jnp.zeros_like(state.residence_time)
-        known = cap <= self.waiting_states
-        places = jnp.where(known, cap, 1.0)
-        served = jnp.minimum(jnp.arange(1, self.waiting_states + 1, dtype=jnp.result_type(float)), places)
-        residence = jax.vmap(lambda n: self._times(request, n)[0])(served)
-        rate = jnp.where(known, state.throughput, 0.5 * places / residence[-1])
-        chain = requests_in_system(residence, rate, places)
-        prompts = places * request.prefill * self.prefill_interference
-        service_scv = queue_scv((request.spread / jnp.maximum(request.steps, 1e-9)) ** 2, prompts / residence[-1])
-        waiting = chain.waiting_time * waiting_factor(chain.load, places, service_scv, workload.arrival_scv)
-        if workload.n_requests is not None:
-            variability = workload.arrival_scv + service_scv
-            waiting = wait_of_finite_run(waiting, workload.n_requests, places, rate, variability)
-        return jnp.where(known, waiting, 0.0)
+        spread = (request.spread / jnp.maximum(request.steps, 1e-9)) ** 2
+        full = self._times(request, cap)[0]
+        prompts = cap * request.prefill * self.prefill_interference
+        service_scv = queue_scv(spread, prompts / full)
+        waiting = None
+        if self.waiting_states > 0:
+            known = cap <= self.waiting_states
+            places = jnp.where(known, cap, 1.0)
+            served = jnp.minimum(jnp.arange(1, self.waiting_states + 1, dtype=jnp.result_type(float)), places)
+            residence = jax.vmap(lambda n: self._times(request, n)[0])(served)
+            rate = jnp.where(known, state.throughput, 0.5 * places / residence[-1])
+            chain = requests_in_system(residence, rate, places)
+            waiting = chain.waiting_time * waiting_factor(chain.load, places, service_scv, workload.arrival_scv)
+            waiting = jnp.where(known, waiting, 0.0)
+        if workload.n_requests is None:
+            return jnp.zeros_like(full) if waiting is None else waiting
+        return self._wait_of_run(workload, cap, cap / full, waiting, service_scv, spread)
+
+    def _foreign_prefill(self, request: RequestCost, state: SteadyState, sync):
+        """The prefill of others' prompts [s] that a request pays, and how much of it before its first token.
+
+        Others' prompts fall evenly on the time of a request, its own prefill counting for (1/2 + rho)/(1 + rho) of
+        itself, rho = foreign/residence: the prompts of a step end together, behind those of the step under way (gated
+        service: ttft = p + s + (1/2 + rho)*(s/(1-rho) + p*rho/(1-rho^2)) at a step s). Synchrony makes it sync/2.
+        """
+        _, parts, others, shared_steps = self._times(request, state.batch_seen)
+        foreign = request.prefill * self.prefill_interference * others
+        load = jnp.clip(foreign / state.residence_time, 0.0, 1.0)
+        joining = shared_steps * parts.total
+        before = joining + request.prefill * (0.5 + load) / (1.0 + load)
+        evenly = before / jnp.maximum(joining + request.prefill + request.steps * parts.total, 1e-30)
+        return foreign, foreign * ((1.0 - sync) * evenly + 0.5 * sync)
 
     def _prompt_wait(self, workload: Workload, request: RequestCost, state: SteadyState):
-        """Mean wait [s] of a prompt for the token budget; in a finite run no longer than random arrivals make it (what
-        overload adds is the wait at the cap that the budget sets)."""
+        """Mean wait [s] of a prompt for the token budget."""
         service = request.prompt_service(state.batch_seen)
-        wait = prompt_wait(service, state.throughput)
         if workload.n_requests is None:
-            return wait
-        rate = jnp.asarray(workload.arrival_rate, dtype=float)
-        return jnp.minimum(wait, wait_of_finite_run(wait, workload.n_requests, 1.0, rate, workload.arrival_scv))
+            return prompt_wait(service, state.throughput)
+        wait = prompt_wait(service, workload.arrival_rate)  # type: ignore[arg-type]
+        return self._wait_of_run(workload, 1.0, 1.0 / service, wait)
+
+    def _wait_of_run(self, workload: Workload, places, capacity, stationary, service_scv=0.0, length_scv=0.0):
+        waiting = wait_of_finite_run(
+            workload.n_requests,  # type: ignore[arg-type]
+            places,
+            workload.arrival_rate,  # type: ignore[arg-type]
+            capacity,
+            arrival_scv=workload.arrival_scv,
+            service_scv=service_scv,
+            length_scv=length_scv,
+            stationary=stationary,
+        )
+        return waiting if stationary is None else jnp.where(workload.n_requests >= ENDLESS, stationary, waiting)
 
     def within_budget(self, workload: Workload, config: Configuration) -> tuple[RequestCost, Scalar | None]:
         """The cost of a request, and the largest batch [req] in service or None: by batch size, KV memory, and the
@@ -246,7 +274,7 @@ class ServingModel(eqx.Module):
 
     def _finite_run(self, workload: Workload, request: RequestCost, steady: SteadyState, cap):
         """The state of a run of n_requests (throughput: n_requests over its duration; effective_batch_size: throughput
-        times time in service), and what its requests wait beyond random fluctuations [s]."""
+        times time in service)."""
         most = jnp.asarray(jnp.inf if cap is None else cap, dtype=float)
         n_requests = jnp.asarray(workload.n_requests, dtype=float)
         own = self.request_overhead + request.prefill
@@ -286,14 +314,12 @@ class ServingModel(eqx.Module):
         endless = n_requests >= ENDLESS
         state = jax.tree.map(lambda known, fluid: jnp.where(endless, known, fluid), steady, finite)
         ends = ~endless & (steady.result == RESULTS.saturated)
-        state = replace(state, result=RESULTS.where(ends, RESULTS.successful, steady.result))
-        return state, jnp.where(endless, 0.0, run.waiting_time)
+        return replace(state, result=RESULTS.where(ends, RESULTS.successful, steady.result))
 
     def _assemble(self, workload, request: RequestCost, state: SteadyState, sync, waiting) -> Prediction:
         residence, parts, others, shared_steps = self._times(request, state.batch_seen)
         alone = request.step_parts(jnp.full_like(others, self.self_share))
-        foreign_prefill = request.prefill * self.prefill_interference * others
-        in_ttft = 0.5 * sync * foreign_prefill
+        foreign_prefill, in_ttft = self._foreign_prefill(request, state, sync)
         ttft = waiting + self.request_overhead + request.prefill + in_ttft + shared_steps * parts.total
         decode = request.steps * parts.total + foreign_prefill - in_ttft
         e2e = waiting + residence

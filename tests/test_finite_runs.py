@@ -140,21 +140,23 @@ def test_a_finite_run_is_faster_than_the_steady_state(rate, n, law):
     assert float(finite.utilization) == pytest.approx(rate / float(steady.capacity))
 
 
-@pytest.mark.parametrize(("use", "law"), [(1.3, "fixed"), (2.5, "fixed"), (1.3, "geometric"), (2.5, "geometric")])
-def test_an_overloaded_run_at_a_cap_waits(use, law):
+@pytest.mark.parametrize("law", ["fixed", "geometric"])
+@pytest.mark.parametrize(("use", "n"), [(1.0, 50), (1.0, 300), (1.3, 300), (2.5, 50), (2.5, 300)])
+def test_a_run_at_its_cap_and_overloaded(use, n, law):
+    """e2e within 6 %; 10 % for geometric lengths at capacity."""
     config = Configuration(max_batch_size=16.0)
     model = ServingModel(FAST, first_token_steps=1.5)
     scv = 1.0 if law == "geometric" else 0.0
     rate = use * float(model.predict(Workload(300.0, 120.0, arrival_rate=1.0, output_scv=scv), config).capacity)
     load = Workload(300.0, 120.0, arrival_rate=rate)
-    found = simulate(
-        FAST, load, Engine(max_batch_size=16), n_requests=300, replications=96, finite=True, output_law=law
-    )
-    told = model.predict(Workload(300.0, 120.0, arrival_rate=rate, output_scv=scv, n_requests=300.0), config)
+    found = simulate(FAST, load, Engine(max_batch_size=16), n_requests=n, replications=96, finite=True, output_law=law)
+    told = model.predict(Workload(300.0, 120.0, arrival_rate=rate, output_scv=scv, n_requests=float(n)), config)
     e2e, waiting = found.mean("e2e"), found.mean("waiting")
-    assert e2e.relative < 0.06
-    assert float(told.e2e_latency) == pytest.approx(e2e.value, rel=0.06 + e2e.relative)
-    assert float(told.waiting_time) == pytest.approx(waiting.value, rel=0.08 + waiting.relative)
+    assert e2e.relative < 0.08
+    tolerance = 0.1 if use == 1.0 and law == "geometric" else 0.06
+    assert float(told.e2e_latency) == pytest.approx(e2e.value, rel=tolerance + e2e.relative)
+    if use > 1.0 and n == 300:
+        assert float(told.waiting_time) == pytest.approx(waiting.value, rel=0.08 + waiting.relative)
 
 
 @pytest.mark.parametrize(("concurrency", "k"), [(1, 0), (8, 4), (32, 0), (32, 4)])
@@ -190,10 +192,10 @@ def test_a_short_run_near_saturation_has_not_waited_long_yet(cap, use, n):
 
 @pytest.mark.parametrize(("budget", "rate", "n"), [(512, 3.0, 40), (512, 5.8, 40), (512, 20.0, 40), (512, 20.0, 200)])
 def test_a_run_under_a_token_budget_ends(budget, rate, n):
-    """Up to three times the capacity: e2e within a fifth of the simulator; an endless run would wait for minutes."""
+    """Up to three times the capacity: e2e within 15 % of the simulator; an endless run would wait for minutes."""
     model = ServingModel(AffineStepTime(verify_base=0.01, verify_query=2e-4, prefill_token=2e-5))
     load = {"prompt_length": 4000.0, "output_length": 50.0, "arrival_rate": rate}
     told = model.predict(Workload(**load, n_requests=float(n)), Configuration(max_batched_tokens=float(budget)))
     engine = Engine(max_batched_tokens=budget)
     found = simulate(model.step_time, Workload(**load), engine, n_requests=n, replications=16, finite=True)
-    assert float(told.e2e_latency) == pytest.approx(found.mean("e2e").value, rel=0.2)
+    assert float(told.e2e_latency) == pytest.approx(found.mean("e2e").value, rel=0.15)

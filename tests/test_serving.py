@@ -353,9 +353,13 @@ def test_open_loop_against_a_server_in_plain_floats():
         step = reference.step(batch + 1, PROMPT, OUTPUT, 4)
         assert_close(prediction.effective_batch_size[i], batch, rtol=1e-11)
         assert_close(prediction.e2e_latency[i], batch / rate, rtol=1e-11)
-        ttft = 5e-3 + 2e-5 * PROMPT + 1.3 * batch / (1 + batch) * step
+        p, join, others = 2e-5 * PROMPT, 1.3 * batch / (1 + batch) * step, 2e-5 * PROMPT * batch
+        load = others * rate / batch
+        before = join + p * (0.5 + load) / (1 + load)  # the others' prefill falls evenly on a request's own time
+        early = others * before / (join + p + reference.steps(OUTPUT, 0.7, 4) * step)
+        ttft = 5e-3 + p + join + early
         assert_close(prediction.ttft[i], ttft, rtol=1e-11)
-        decode = step + 2e-5 * PROMPT * batch / reference.steps(OUTPUT, 0.7, 4)  # others' prefill falls into decode
+        decode = step + (others - early) / reference.steps(OUTPUT, 0.7, 4)
         assert_close(prediction.itl[i], decode, rtol=1e-11)
 
 
@@ -365,9 +369,13 @@ def test_closed_loop_by_hand():
     prediction = model.predict(Workload(100, 11, concurrency=5), Configuration())
     p, shared, step_time, steps = 0.01, 4 / 5, 0.015, 10
     sync = 1 / (1 + 1e-6 / 1.5)  # equal lengths, no speculation: no spread but the guard of its square root
-    assert_close(prediction.ttft, p + shared * step_time + sync * 4 / 2 * p, rtol=1e-12)
-    assert_close(prediction.e2e_latency, 5 * p + (steps + shared) * step_time, rtol=1e-13)
-    assert_close(prediction.tpot, (10 * step_time + (4 - 2 * sync) * p) / 10, rtol=1e-12)
+    e2e = 5 * p + (steps + shared) * step_time
+    load = 4 * p / e2e
+    evenly = (shared * step_time + p * (0.5 + load) / (1 + load)) / (p + (steps + shared) * step_time)
+    early = (sync / 2 + (1 - sync) * evenly) * 4 * p
+    assert_close(prediction.ttft, p + shared * step_time + early, rtol=1e-12)
+    assert_close(prediction.e2e_latency, e2e, rtol=1e-13)
+    assert_close(prediction.tpot, (10 * step_time + 4 * p - early) / 10, rtol=1e-12)
 
 
 @pytest.mark.parametrize("loop", [{"arrival_rate": 5.0}, {"concurrency": 8.0}])

@@ -4,7 +4,8 @@
 
 Finite runs: three synthetic servers (prefill-heavy, balanced, cache-heavy), from 0.3 to 5 times the capacity, 100 to
 1,000 requests, equal and geometric lengths, without a cap and with one of 16. Token budgets: prompts of 2,000 and 300
-tokens, budgets of 128 to 2,048, up to 0.9 of capacity. Writes runs_and_budgets.json and runs_and_budgets.md.
+tokens, budgets of 128 to 2,048, up to 0.9 of capacity. Without a budget: prompts that meet in one step, of 300 to 4,000
+tokens, outputs of 8 and 120. Writes runs_and_budgets.json and runs_and_budgets.md.
 """
 
 import json
@@ -48,6 +49,8 @@ BUDGETS = (  # prompt length, budget, draft length
     *((300.0, 128, 0), (300.0, 512, 4)),
 )
 BUDGET_USES = (0.2, 0.5, 0.7, 0.8, 0.9)
+MEETING = ((300.0, 120.0), (1e3, 120.0), (4e3, 120.0), (1e3, 8.0))  # prompt and output length
+MEETING_USES = (0.3, 0.6, 0.9)
 
 
 def error(predicted, estimate) -> float:
@@ -107,6 +110,24 @@ def budgets() -> list[dict]:
     return cells
 
 
+def meeting() -> list[dict]:
+    """Means of ttft and e2e without a token budget, where prompts share steps."""
+    model = ServingModel(DRAFTING, first_token_steps=1.5)
+    cells = []
+    for (prompt, output), use in product(MEETING, MEETING_USES):
+        rate = use * float(model.predict(Workload(prompt, output, arrival_rate=1.0), Configuration()).capacity)
+        load = Workload(prompt, output, arrival_rate=rate)
+        found = simulate(DRAFTING, load, Engine(), n_requests=3000, replications=8)
+        mean = model.predict(load, Configuration())
+        cells.append(
+            {"prompt_length": prompt, "output_length": output, "use": use, "arrival_rate": rate}
+            | {"ttft": error(mean.ttft, found.mean("ttft")), "e2e": error(mean.e2e_latency, found.mean("e2e"))}
+            | {f"half width of {name}": found.mean(name).relative for name in ("ttft", "e2e")}
+        )
+        print(f"prompts of {prompt:g}, outputs of {output:g}, {use}", file=sys.stderr, flush=True)
+    return cells
+
+
 def run_table(cells: list[dict]) -> str:
     """Mean and largest absolute error of e2e by load."""
     lines = ["| load | cap | lengths | runs | finite run | steady state | simulator's half width |", "|" + "---|" * 7]
@@ -134,14 +155,25 @@ def budget_table(cells: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def meeting_table(cells: list[dict]) -> str:
+    """Errors of both means, with the simulator's half width."""
+    lines = ["| prompt | output | load | ttft | e2e |", "|" + "---|" * 5]
+    for c in cells:
+        told = (f"{c[name]:+.1%} (±{c[f'half width of {name}']:.1%})" for name in ("ttft", "e2e"))
+        lines.append(f"| {c['prompt_length']:g} | {c['output_length']:g} | {c['use']} | {' | '.join(told)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     start = time.monotonic()
-    found = {"finite_runs": finite_runs(), "budgets": budgets()}
+    found = {"finite_runs": finite_runs(), "budgets": budgets(), "meeting": meeting()}
     text = (
         "## Finite runs\n\n"
         + run_table(found["finite_runs"])
         + "\n## Token budgets\n\n"
         + budget_table(found["budgets"])
+        + "\n## Prompts that meet, without a budget\n\n"
+        + meeting_table(found["meeting"])
     )
     (HERE / "runs_and_budgets.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (HERE / "runs_and_budgets.md").write_text(text, encoding="utf-8")
