@@ -53,6 +53,17 @@ MEETING = ((300.0, 120.0), (1e3, 120.0), (4e3, 120.0), (1e3, 8.0))  # prompt and
 MEETING_USES = (0.3, 0.6, 0.9)
 
 
+@jax.jit
+def predict(model: ServingModel, load: Workload, config: Configuration):
+    """Compiled once for each set of fields that are given."""
+    return model.predict(load, config)
+
+
+@jax.jit
+def chain_of(model: ServingModel, load: Workload, config: Configuration):
+    return predict_distribution(model, load, config, Lengths.fixed(), states=256)
+
+
 def error(predicted, estimate) -> float:
     return float(predicted) / estimate.value - 1.0
 
@@ -65,15 +76,15 @@ def finite_runs() -> list[dict]:
         config = Configuration(max_batch_size=None if cap is None else float(cap))
         for law, scv in LAWS.items():
             one = Workload(prompt, output, arrival_rate=1.0, output_scv=scv)
-            capacity = float(model.predict(one, config).capacity)
+            capacity = float(predict(model, one, config).capacity)
             for use, n in product(USES, RUNS):
                 load = {"prompt_length": prompt, "output_length": output, "arrival_rate": use * capacity}
                 engine = Engine(max_batch_size=cap)
                 found = simulate(
                     step_time, Workload(**load), engine, n_requests=n, replications=24, finite=True, output_law=law
                 ).mean("e2e")
-                run = model.predict(Workload(**load, output_scv=scv, n_requests=float(n)), config)
-                steady = model.predict(Workload(**load, output_scv=scv), config)
+                run = predict(model, Workload(**load, output_scv=scv, n_requests=float(n)), config)
+                steady = predict(model, Workload(**load, output_scv=scv), config)
                 cells.append(
                     {"server": server, "cap": cap, "lengths": law, "use": use, "n_requests": n}
                     | {"simulated": found.value, "half_width": found.half_width}
@@ -89,13 +100,13 @@ def budgets() -> list[dict]:
     cells = []
     for (prompt, budget, k), use in product(BUDGETS, BUDGET_USES):
         config = Configuration(float(k), ConstantAcceptance(0.8), max_batched_tokens=float(budget))
-        rate = use * float(model.predict(Workload(prompt, 120.0, arrival_rate=1.0), config).capacity)
+        rate = use * float(predict(model, Workload(prompt, 120.0, arrival_rate=1.0), config).capacity)
         load = Workload(prompt, 120.0, arrival_rate=rate)
         engine = Engine(k, (0.8,) * k, max_batched_tokens=budget)
         found = simulate(DRAFTING, load, engine, n_requests=3000, replications=8)
         mean, chain = (
-            model.predict(load, config),
-            predict_distribution(model, load, config, Lengths.fixed(), states=256),
+            predict(model, load, config),
+            chain_of(model, load, config),
         )
         cells.append(
             {"prompt_length": prompt, "budget": budget, "draft_length": k, "use": use, "arrival_rate": rate}
@@ -115,10 +126,10 @@ def meeting() -> list[dict]:
     model = ServingModel(DRAFTING, first_token_steps=1.5)
     cells = []
     for (prompt, output), use in product(MEETING, MEETING_USES):
-        rate = use * float(model.predict(Workload(prompt, output, arrival_rate=1.0), Configuration()).capacity)
+        rate = use * float(predict(model, Workload(prompt, output, arrival_rate=1.0), Configuration()).capacity)
         load = Workload(prompt, output, arrival_rate=rate)
         found = simulate(DRAFTING, load, Engine(), n_requests=3000, replications=8)
-        mean = model.predict(load, Configuration())
+        mean = predict(model, load, Configuration())
         cells.append(
             {"prompt_length": prompt, "output_length": output, "use": use, "arrival_rate": rate}
             | {"ttft": error(mean.ttft, found.mean("ttft")), "e2e": error(mean.e2e_latency, found.mean("e2e"))}
