@@ -17,7 +17,7 @@ from test_cli_main import run, toy_deployment, toy_model
 from test_fit import SERVER, reference_rows, trace_of
 
 from diffspec.analysis import optimal_design
-from diffspec.analysis.answers import FAST_COMPILE
+from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.analysis.design import CRITERIA, design
 from diffspec.analysis.design_files import plan_files, sweep_files
 from diffspec.analysis.runs import Knowledge, Run, alike

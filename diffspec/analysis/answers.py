@@ -1,12 +1,14 @@
 """One operating point as plain data: what `diffspec predict` answers."""
 
-import math
+import itertools
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
+from diffspec.analysis.intervals import NO_INTERVALS, Draws, draw_deployment, each, spread
+from diffspec.analysis.plain import FAST_COMPILE, enough_states, finite
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.lengths import Lengths
@@ -27,19 +29,15 @@ METRICS = {
 }
 """Metric names of limits, objectives and sensitivities -> field of :class:`diffspec.serving.Prediction`."""
 
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
-"""For programs that run a few times: compiling them is what takes time."""
+
+PERCENTILE_DRAWS = 32
+"""Draws behind the intervals of percentiles, which take their time one by one."""
+_NAMES = tuple(f"p{percent}" for percent in PERCENTILES)
 
 
 @partial(jax.jit, compiler_options=FAST_COMPILE)
 def _compare(serving: ServingModel, workload: Workload, config: Configuration) -> Comparison:
     return serving.compare(workload, config)
-
-
-def finite(value) -> float | None:
-    """A float for JSON; None for infinite or missing numbers and for stand-ins of infinity (above 1e12)."""
-    value = float(value)
-    return value if math.isfinite(value) and abs(value) < 1e12 else None
 
 
 def prediction_dict(prediction: Prediction) -> dict[str, Any]:
@@ -71,17 +69,29 @@ def prediction_dict(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def predict_answer(deployment: FittedDeployment, workload: Workload, config: Configuration) -> dict[str, Any]:
+def predict_answer(
+    deployment: FittedDeployment,
+    workload: Workload,
+    config: Configuration,
+    *,
+    with_intervals: bool = True,
+    percentile_intervals: bool = False,
+    draws: ServingModel | None = None,
+) -> dict[str, Any]:
     """Prediction of ``config`` under ``workload`` with speedup over no speculation, break-even rate and caveats.
 
     Returns the fields of :class:`diffspec.serving.Prediction` as plain numbers (None where there is none: latencies at
     saturation, an unbounded capacity), ``speedup`` and ``breakeven_rate`` with ``speedup_reason`` where they are None,
     ``breakeven_reason`` where there is no break-even rate, ``percentiles`` (open loops: of ttft, tpot and e2e, and the
     probability to wait for a place), ``plain`` (outcome, latencies and capacity without
-    speculation) and ``warnings``.
+    speculation), ``inside_measured`` and ``outside_measured`` (:mod:`diffspec.fitting.hull`), ``intervals``
+    (:mod:`diffspec.analysis.intervals`, over ``draws`` of the serving model, by default of what the fit leaves open;
+    where ``percentile_intervals`` those of percentiles too, which take longer), ``intervals_reason`` where there are
+    none, and ``warnings``.
     """
     workload, config = (jax.tree.map(np.asarray, part) for part in (workload, config))
-    comparison = _compare(deployment.serving, workload, config)
+    serving = enough_states(deployment.serving, workload, config)
+    comparison = _compare(serving, workload, config)
     answer = prediction_dict(comparison.speculative)
     plain = prediction_dict(comparison.plain)
     reason = None
@@ -106,6 +116,10 @@ def predict_answer(deployment: FittedDeployment, workload: Workload, config: Con
         for name in ("arrival_rate", "concurrency", "prompt_length", "output_length")
         if (value := getattr(workload, name)) is not None
     }
+    drawn = draw_deployment(deployment, workload, config, draws) if with_intervals else None
+    told = None if drawn is None else drawn.told()
+    if told is not None and drawn is not None and percentile_intervals:
+        told["percentiles"] = percentile_spreads(drawn, workload, config, comparison.speculative)
     return answer | {
         "speedup": finite(comparison.speedup) if reason is None else None,
         "speedup_reason": reason,
@@ -113,10 +127,13 @@ def predict_answer(deployment: FittedDeployment, workload: Workload, config: Con
         "breakeven_reason": breakeven_reason,
         "percentiles": None
         if answer["outcome"] == "saturated"
-        else percentiles(deployment.serving, workload, config, comparison.speculative),
+        else percentiles(serving, workload, config, comparison.speculative),
         "plain": {name: plain[name] for name in ("outcome", "e2e_latency", "ttft", "tpot", "capacity")},
         "deployment": deployment.name,
         "draft_length": float(config.draft_length),
+        "intervals": told,
+        "intervals_reason": NO_INTERVALS if with_intervals and told is None else None,
+        **deployment.hull(float(config.draft_length), fields),
         "warnings": [
             *deployment.caveats(float(config.draft_length), fields),
             *configuration_notes(deployment, config),
@@ -149,20 +166,48 @@ def percentiles(
     The distribution is :func:`diffspec.percentiles.predict_distribution`'s for lognormal lengths with
     workload.output_scv; ttft and e2e are scaled to the means of ``prediction``, which is what was fitted.
     """
+    states = _states(workload, config, prediction)
+    if states is None:
+        return None
+    found = _percentiles(serving, workload, config, states, prediction.ttft, prediction.e2e_latency)
+    waiting = {"waiting_probability": finite(found.pop("waiting_probability"))}
+    return {metric: dict(zip(_NAMES, map(finite, values), strict=True)) for metric, values in found.items()} | waiting
+
+
+def percentile_spreads(
+    drawn: Draws, workload: Workload, config: Configuration, prediction: Prediction
+) -> dict[str, Any] | None:
+    """Intervals of :func:`percentiles` over the first :data:`PERCENTILE_DRAWS` draws, with the misfit of the means."""
+    states = _states(workload, config, prediction)
+    if states is None:
+        return None
+    models = itertools.islice(each(drawn.models), PERCENTILE_DRAWS)
+    means = zip(drawn.values["ttft"], drawn.values["e2e_latency"], strict=True)
+    rows = [_percentiles(model, workload, config, states, *mean) for model, mean in zip(models, means, strict=False)]
+    ends = ~drawn.saturated[: len(rows)]
+    found = {metric: np.stack([row[metric] for row in rows]) for metric in rows[0]}
+    waiting = {"waiting_probability": spread(np.where(ends, found.pop("waiting_probability"), 1.0))}
+    named = {}
+    for metric, values in found.items():
+        columns = np.where(ends[:, None], values, np.inf).T
+        source = {"e2e": "e2e_latency"}.get(metric, metric)
+        named[metric] = {name: drawn.spread(source, column) for name, column in zip(_NAMES, columns, strict=True)}
+    return named | waiting
+
+
+def _states(workload: Workload, config: Configuration, prediction: Prediction) -> int | None:
+    """Size of the chain that percentiles need; None where there are none."""
     cap, batch = batch_cap(workload, config), float(prediction.effective_batch_size)
     states = states_for(None if cap is None else float(cap), batch)
-    if not workload.is_open or workload.n_requests is not None or batch > 0.9 * states:
-        return None
+    return None if not workload.is_open or workload.n_requests is not None or batch > 0.9 * states else states
+
+
+def _percentiles(serving, workload, config, states: int, ttft, e2e_latency) -> dict[str, np.ndarray]:
+    """Percentiles by metric, scaled to the means given, and the probability to wait."""
     found = _distribution(serving, workload, config, Lengths.lognormal(float(workload.output_scv)), states)
-    scale = {"ttft": prediction.ttft / found.ttft_mean, "e2e": prediction.e2e_latency / found.e2e_mean}
-    named = {
-        metric: {
-            f"p{percent}": finite(value * scale.get(metric, 1.0))
-            for percent, value in zip(PERCENTILES, getattr(found, metric), strict=True)
-        }
-        for metric in ("ttft", "tpot", "itl", "e2e")
-    }
-    return named | {"waiting_probability": finite(found.requests.waiting_probability)}
+    scale = {"ttft": float(ttft) / float(found.ttft_mean), "e2e": float(e2e_latency) / float(found.e2e_mean)}
+    values = {name: np.asarray(getattr(found, name)) * scale.get(name, 1.0) for name in ("ttft", "tpot", "itl", "e2e")}
+    return values | {"waiting_probability": np.asarray(found.requests.waiting_probability)}
 
 
 @partial(jax.jit, static_argnums=4, compiler_options=FAST_COMPILE)

@@ -4,18 +4,15 @@ Both come with intervals: the whole prediction is repeated for draws of what is 
 fit transfers), and the central 90 % of each metric are told. They say nothing of acceptance, which is as given.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from diffspec.acceptance import AbstractAcceptance
-from diffspec.analysis.answers import FAST_COMPILE, finite, predict_answer
+from diffspec.analysis.answers import predict_answer
+from diffspec.analysis.intervals import spread
+from diffspec.analysis.plain import finite
 from diffspec.configuration import Configuration
 from diffspec.first_principles import SPREAD, Efficiency, FirstPrinciples, draws
 from diffspec.fitting.deployment import FittedDeployment
@@ -24,57 +21,16 @@ from diffspec.fitting.uncertainty import LEVEL
 from diffspec.hardware import Accelerator
 from diffspec.parameters import parameter_infos
 from diffspec.resources import BATCHED_TOKENS, MEMORY_SHARE, RESERVE_BYTES, MemoryPlan, energy_per_token, memory_plan
-from diffspec.results import RESULTS, InputError
+from diffspec.results import InputError
 from diffspec.serving import ServingModel
 from diffspec.step_time import BatchState
 from diffspec.workload import Workload
 
 DRAWS = 128
-_LATENCIES = ("ttft", "itl", "tpot", "e2e_latency")
-METRICS = (*_LATENCIES, "throughput", "capacity", "utilization", "effective_batch_size", "speedup")
-"""Metrics that come with an interval."""
 VLLM_METHODS = {"model": "draft_model", "ngram": "ngram"}
 """Drafter kind -> method of vLLM's --speculative-config, where the kind tells it."""
 DOES_NOT_FIT = "does_not_fit"
 """Outcome of a pair whose weights and activations leave no room for one request."""
-
-
-@partial(jax.jit, compiler_options=FAST_COMPILE)
-def _predict_draws(models: ServingModel, workload: Workload, config: Configuration):
-    plain = eqx.tree_at(lambda c: c.draft_length, config, jnp.zeros_like(jnp.asarray(config.draft_length)))
-
-    def one(model):
-        fast, slow = model.predict(workload, config), model.predict(workload, plain)
-        saturated = fast.result == RESULTS.saturated
-        found = {name: getattr(fast, name) for name in METRICS if name != "speedup"}
-        found |= {name: jnp.where(saturated, jnp.inf, found[name]) for name in _LATENCIES}
-        return found | {"speedup": slow.e2e_latency / fast.e2e_latency, "saturated": saturated}
-
-    return jax.vmap(one)(models)
-
-
-def intervals(models: ServingModel, workload: Workload, config: Configuration) -> dict[str, Any]:
-    """The central :data:`LEVEL` of each metric over a batch of models: ``metrics[name]`` = low, median, high (None
-    where infinite: a saturated draw has no finite latency), and the share of draws that saturate."""
-    as_float = partial(np.asarray, dtype=float)  # one compiled program for models of one structure
-    models, workload, config = (jax.tree.map(as_float, part) for part in (models, workload, config))
-    found = {name: np.asarray(values) for name, values in _predict_draws(models, workload, config).items()}
-    saturated = found.pop("saturated")
-    if float(config.draft_length) == 0:
-        del found["speedup"]
-    return {
-        "level": LEVEL,
-        "draws": int(saturated.size),
-        "saturated_share": float(saturated.mean()),
-        "metrics": {name: spread(values) for name, values in found.items()},
-    }
-
-
-def spread(values) -> dict[str, float | None]:
-    """The central :data:`LEVEL` of draws: low, median and high, None where infinite."""
-    edges = (0.5 - LEVEL / 2, 0.5, 0.5 + LEVEL / 2)
-    low, median, high = np.quantile(np.asarray(values), edges, method="nearest")  # infinite ones cannot be averaged
-    return {"low": finite(low), "median": finite(median), "high": finite(high)}
 
 
 @dataclass(frozen=True)
@@ -94,13 +50,6 @@ class Unmeasured:
     def told(self) -> dict[str, Any]:
         """What every answer about it tells beside its own: ``memory`` and ``assumptions``."""
         return {"memory": self.plan.to_dict(), "assumptions": self.assumptions}
-
-
-def each(models: ServingModel) -> Iterator[ServingModel]:
-    """The models of a leading axis one by one, for programs that are compiled for one already."""
-    models = jax.tree.map(partial(np.asarray, dtype=float), models)
-    for index in range(jax.tree.leaves(models)[0].shape[0]):
-        yield jax.tree.map(lambda leaf, index=index: leaf[index], models)
 
 
 def before_traces(pair: FirstPrinciples, max_batched_tokens: float | None = None) -> Unmeasured:
@@ -147,15 +96,19 @@ def check_drafting(pair: FirstPrinciples, draft_length: float, acceptance: Abstr
         )
 
 
-def predict_unmeasured(subject: Unmeasured, workload: Workload, config: Configuration) -> dict[str, Any]:
-    """:func:`diffspec.analysis.answers.predict_answer` with ``intervals``, ``memory``, ``energy_per_token`` and
-    ``assumptions``. Outcome ``does_not_fit`` where the memory of a device does not hold the weights and one request."""
-    answer = predict_answer(subject.deployment, workload, config)
-    if not subject.plan.fits:
+def predict_unmeasured(
+    subject: Unmeasured, workload: Workload, config: Configuration, *, percentile_intervals: bool = False
+) -> dict[str, Any]:
+    """:func:`diffspec.analysis.answers.predict_answer` over the draws of what is not known, with ``memory``,
+    ``energy_per_token`` and ``assumptions``. Outcome ``does_not_fit`` where the memory of a device does not hold the
+    weights and one request."""
+    models, fits = subject.models(), subject.plan.fits
+    asked = {"draws": models, "with_intervals": fits, "percentile_intervals": percentile_intervals}
+    answer = predict_answer(subject.deployment, workload, config, **asked)
+    if not fits:
         nothing = {"outcome": DOES_NOT_FIT, "intervals": None, "energy_per_token": None}
         return _nothing(answer) | nothing | subject.told()
     return answer | {
-        "intervals": intervals(subject.models(), workload, config),
         "energy_per_token": _energy(subject.pair, subject.deployment.serving, config, answer),
         **subject.told(),
     }

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance
-from diffspec.analysis.answers import FAST_COMPILE
 from diffspec.analysis.optimal_design import criterion
+from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.uncertainty import Uncertainty

@@ -53,7 +53,7 @@ def simulate_answer(
         progress=progress,
     )
     run = replace(workload, n_requests=float(n_requests)) if finite and workload.is_open else workload
-    model = predict_answer(deployment, run, config)
+    model = predict_answer(deployment, run, config, with_intervals=False)
     predicted = {
         metric: {"mean": model[name]} | ((model["percentiles"] or {}).get(metric) or {})
         for metric, name in (("ttft", "ttft"), ("tpot", "tpot"), ("e2e", "e2e_latency"), ("itl", "itl"))

@@ -1,5 +1,7 @@
 """`diffspec predict`: one operating point."""
 
+from typing import Annotated
+
 import typer
 
 from diffspec.cli.options import AsJson, DraftLength, Out, WorkloadOptions, with_options
@@ -13,6 +15,9 @@ def command(
     subject: SubjectOptions,
     asked: WorkloadOptions,
     draft_length: DraftLength,
+    percentile_intervals: Annotated[
+        bool, typer.Option("--percentile-intervals", help="Intervals of the percentiles too; takes longer.")
+    ] = False,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
@@ -34,11 +39,11 @@ def command(
     if unmeasured is None:
         from diffspec.analysis.answers import predict_answer
 
-        answer = predict_answer(deployment, workload, config)
+        answer = predict_answer(deployment, workload, config, percentile_intervals=percentile_intervals)
     else:
         from diffspec.analysis.before_traces import predict_unmeasured
 
-        answer = predict_unmeasured(unmeasured, workload, config)
+        answer = predict_unmeasured(unmeasured, workload, config, percentile_intervals=percentile_intervals)
     note(notes)
     note(answer["warnings"], "warning")
     deliver(answer, tables.prediction, as_json=as_json, out=out, inputs=subject.inputs)

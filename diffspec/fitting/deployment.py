@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from diffspec.acceptance import AbstractAcceptance, MeasuredAcceptance
 from diffspec.configuration import Configuration
 from diffspec.fitting.forms import FORMS, Scales, build_form
+from diffspec.fitting.hull import in_words, outside
 from diffspec.fitting.uncertainty import Uncertainty
 from diffspec.parameters import (
     ParameterInfo,
@@ -114,26 +115,21 @@ class FittedDeployment:
             drafter_scale=scale,
         )
 
-    def caveats(self, draft_length, workload_fields: dict[str, Any]) -> list[str]:
+    def hull(self, draft_length, workload_fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Whether a question lies inside what was measured (:mod:`diffspec.fitting.hull`): ``inside_measured``, and
+        what does not, ``outside_measured``."""
+        found = outside(self.measured, draft_length, workload_fields)
+        if self.quality.get("rows") == 0:
+            found = [{"field": "deployment", "asked": self.name, "measured": None}]
+        if moved := self.measured.get("hardware"):
+            found = [{"field": "hardware"} | moved, *found]
+        return {"inside_measured": not found, "outside_measured": found}
+
+    def caveats(self, draft_length, workload_fields: Mapping[str, Any]) -> list[str]:
         """Where a question lies outside what was measured: nothing is extrapolated silently. Empty where nothing was
         measured at all: predictions from first principles state what they assume."""
-        if self.quality.get("rows") == 0:
-            return []
-        notes = []
-        lengths = self.measured["draft_lengths"]
-        if draft_length > 0 and max(lengths) == 0:
-            notes.append("no speculative row was fitted: drafting cost is a guess (its prior), not knowledge")
-        elif draft_length > max(lengths):
-            notes.append(f"draft_length {draft_length:g} is beyond the longest measured one, {max(lengths)}")
-        for name in ("arrival_rate", "concurrency", "prompt_length", "output_length"):
-            value, span = workload_fields.get(name), self.measured.get(name)
-            if value is None:
-                continue
-            if span is None:
-                notes.append(f"no row with {name} was fitted (the other loop kind was)")
-            elif not span[0] * (1 - 1e-9) <= value <= span[1] * (1 + 1e-9):
-                notes.append(f"{name} {value:g} is outside the measured range {span[0]:g} to {span[1]:g}")
-        return notes
+        found = self.hull(draft_length, workload_fields)["outside_measured"]
+        return [in_words(entry) for entry in found if entry["field"] not in ("deployment", "hardware")]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; the inverse of :meth:`from_dict`."""

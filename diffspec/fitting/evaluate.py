@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from diffspec.fitting.deployment import FittedDeployment, FittedModel
+from diffspec.fitting.hull import FIELDS
 from diffspec.fitting.objective import predict_blocks, predict_draws
 from diffspec.fitting.observations import PREDICTED, is_endless, observations, padded, waiting_states
 from diffspec.fitting.uncertainty import LEVEL
@@ -165,17 +166,51 @@ def not_predicted(frame) -> list[str]:
     ]
 
 
+def row_predictions(deployment: FittedDeployment, scored: Scored) -> list[dict[str, Any]]:
+    """Each row as plain data: where it is from, what was asked, whether that lies inside what the fit was measured on
+    (:mod:`diffspec.fitting.hull`), and by metric ``measured``, ``predicted``, ``low`` and ``high`` (None where there is
+    none)."""
+    columns, told = scored_columns(scored), []
+
+    def number(values, row):
+        return None if values is None or not np.isfinite(values[row]) else float(values[row])
+
+    for row, line in enumerate(scored.frame.to_dict("records")):
+        asked = {name: None if np.isnan(line[name]) else float(line[name]) for name in (*FIELDS, "draft_length")}
+        saturated = bool(scored.saturated[row])
+        metrics = {
+            name: {
+                "measured": number(scored.measured[name], row),
+                "predicted": None if saturated else number(scored.predicted[name], row),
+                "low": None if saturated else number(scored.low.get(name), row),
+                "high": None if saturated else number(scored.high.get(name), row),
+            }
+            for name, rows in columns.items()
+            if rows[row]
+        }
+        place = {
+            "deployment": deployment.name,
+            "source_file": line["source_file"],
+            "source_row": int(line["source_row"]),
+        }
+        told.append(place | asked | {"saturated": saturated, **deployment.hull(asked["draft_length"], asked)})
+        told[-1]["metrics"] = metrics
+    return told
+
+
 def evaluate(model: FittedModel, trace: Trace, *, all_rows: bool = False) -> dict[str, Any]:
     """Score ``model`` on the rows of ``trace``; deployments are matched by name.
 
     Rows that are not stationary are set aside and counted by reason unless ``all_rows``. Returns ``{"rows",
     "deployments", "metrics": {observable: {"rows", "mape", "max_ape", "r2", "bias", ...}}, "set_aside": {reason: n},
-    "saturated_rows", "not_predicted", "warnings"}``, errors as fractions.
+    "saturated_rows", "outside_rows", "predictions" (:func:`row_predictions`), "not_predicted", "warnings"}``, errors as
+    fractions.
 
     Errors: :class:`InputError` when the trace names a deployment that the model lacks (a model with one deployment
     scores a trace with one deployment whatever their names, with a warning) or when no row is left.
     """
     scored, names, reasons, warnings = [], [], {}, list(trace.warnings)
+    told: list[dict[str, Any]] = []
     groups = list(trace.frame.groupby("deployment", sort=False))
     for name, frame in groups:
         if name not in model.deployments and len(groups) == 1 and len(model.deployments) == 1:
@@ -192,6 +227,7 @@ def evaluate(model: FittedModel, trace: Trace, *, all_rows: bool = False) -> dic
         names.append(str(name))
         if kept.any():
             scored.append(predict_trace(deployment, frame[kept].reset_index(drop=True)))
+            told += row_predictions(deployment, scored[-1])
     if not scored:
         raise InputError(f"no row left to score: {reasons}; score them all the same with --all-rows")
     return {
@@ -200,6 +236,8 @@ def evaluate(model: FittedModel, trace: Trace, *, all_rows: bool = False) -> dic
         "metrics": summarise(scored),
         "set_aside": reasons,
         "saturated_rows": int(sum(part.saturated.sum() for part in scored)),
+        "outside_rows": sum(not row["inside_measured"] for row in told),
+        "predictions": told,
         "not_predicted": not_predicted(trace.frame),
         "warnings": warnings,
     }

@@ -15,6 +15,7 @@ from diffspec.fitting import pooling, principles
 from diffspec.fitting.deployment import FittedDeployment, FittedModel, used_versions
 from diffspec.fitting.evaluate import not_predicted, predict_trace, reason_kind, summarise
 from diffspec.fitting.forms import build_form, read_scales
+from diffspec.fitting.hull import ranges
 from diffspec.fitting.identify import trace_facts, untold_directions
 from diffspec.fitting.noise import repeat_weights
 from diffspec.fitting.objective import Objective, build_objective, choose_targets
@@ -202,7 +203,7 @@ def _fit_deployment(
         serving=serving,
         acceptance=curve,
         defaults=defaults,
-        measured=_measured(frame),
+        measured=ranges(frame),
         quality={
             "rows": len(frame),
             "set_aside": dict(counted),
@@ -280,15 +281,6 @@ def _defaults(frame) -> dict[str, Any]:
         defaults["experts"] = (float(experts[0].iloc[0]), float(experts[1].iloc[0]), ranks)
         check_range("experts_per_token", defaults["experts"][1], 0, defaults["experts"][0], low_open=True, unit="")
     return defaults
-
-
-def _measured(frame) -> dict[str, Any]:
-    """Ranges of the fitted rows: [smallest, largest] by column, None where no row has it; draft lengths listed."""
-    spans: dict[str, Any] = {"draft_lengths": sorted({int(k) for k in frame["draft_length"]})}
-    for column in ("arrival_rate", "concurrency", "prompt_length", "output_length", "tokens_per_step"):
-        values = frame[column].dropna()
-        spans[column] = [float(values.min()), float(values.max())] if len(values) else None
-    return spans
 
 
 def _warnings(frame, targets, counted) -> list[str]:

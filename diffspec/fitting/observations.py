@@ -81,7 +81,16 @@ def waiting_states(data: Observations, *, only_near: bool = False) -> int:
         e2e = data.observed.get("e2e_mean", np.full(len(data), np.nan))[: len(block)]
         batch = np.nan_to_num(np.asarray(block.workload.arrival_rate) * e2e)
         counts &= batch + 2.0 * np.sqrt(batch) >= caps
-    return 0 if not counts.any() else 2 ** int(np.ceil(np.log2(max(caps[counts].max(), 16.0))))
+    return states_of(caps[counts].max() if counts.any() else None)
+
+
+def states_of(cap: float | None) -> int:
+    """Chain size that waiting below a batch ``cap`` [req] needs, a power of two; 0 where waiting is not computed.
+
+    >>> states_of(64.0), states_of(3.0), states_of(None), states_of(5000.0)
+    (64, 16, 0, 0)
+    """
+    return 0 if cap is None or cap > MOST_STATES else 2 ** int(np.ceil(np.log2(max(cap, 16.0))))
 
 
 def is_endless(data: Observations) -> np.ndarray:

@@ -169,6 +169,19 @@ def transfer(
         defaults["kv_capacity_tokens"] = scale * plans[1].kv_capacity_tokens
     moved = f"{old.name} was measured; {new.name} is predicted from it by ratios of bandwidth and peak"
     told = replace(
-        deployment, serving=serving, defaults=defaults, warnings=[*deployment.warnings, moved], name=deployment.name
+        deployment,
+        serving=serving,
+        defaults=defaults,
+        measured=_elsewhere(deployment.measured, old, new),
+        warnings=[*deployment.warnings, moved],
+        uncertainty=None,  # its errors are those of the ratios
     )
     return told, spread
+
+
+def _elsewhere(measured: dict[str, Any], old: FirstPrinciples, new: FirstPrinciples) -> dict[str, Any]:
+    """What was measured, with the ``hardware`` asked for and the one measured where they differ."""
+    then, now = (f"{pair.tensor_parallel} x {pair.hardware.name}" for pair in (old, new))
+    then = measured.get("hardware", {}).get("measured", then)
+    kept = {name: span for name, span in measured.items() if name != "hardware"}
+    return kept if then == now else kept | {"hardware": {"asked": now, "measured": then}}

@@ -21,6 +21,7 @@ from diffspec.fitting.deployment import FittedDeployment, FittedModel, used_vers
 from diffspec.fitting.drift import Watch, change_of, threshold
 from diffspec.fitting.evaluate import predict_trace, reason_kind
 from diffspec.fitting.forms import Form
+from diffspec.fitting.hull import ranges
 from diffspec.fitting.kalman import State, check_forgetting, correct, innovation, widen
 from diffspec.fitting.noise import MISFIT, REQUEST_SPREAD
 from diffspec.fitting.objective import Target, build_objective, choose_targets, predict_rows
@@ -195,7 +196,7 @@ def _update_deployment(deployment, frame, forgetting, observables, all_rows):
         deployment,
         serving=serving,
         acceptance=curve,
-        measured=_widened(deployment.measured, frame),
+        measured=ranges(frame, deployment.measured),
         quality=deployment.quality | {KEY: following},
         uncertainty=uncertainty,
         warnings=[*deployment.warnings, *(f"changed: {entry['text']}" for entry in drift)],
@@ -278,17 +279,6 @@ def _moved_to(deployment: FittedDeployment, mean: np.ndarray):
         for path, step in zip(known.paths, coordinates, strict=True)
     }
     return set_parameters(deployment.serving, moved)
-
-
-def _widened(measured: dict[str, Any], frame) -> dict[str, Any]:
-    """Ranges that hold the new rows too."""
-    spans = dict(measured)
-    spans["draft_lengths"] = sorted({*measured["draft_lengths"], *(int(k) for k in frame["draft_length"])})
-    for column in ("arrival_rate", "concurrency", "prompt_length", "output_length", "tokens_per_step"):
-        values = frame[column].dropna()
-        edges = [*(measured.get(column) or ()), *map(float, values)]
-        spans[column] = [min(edges), max(edges)] if edges else None
-    return spans
 
 
 def _most_moved(before: FittedDeployment, after: FittedDeployment) -> list[dict[str, Any]]:

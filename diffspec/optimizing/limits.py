@@ -3,9 +3,11 @@
 import difflib
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from diffspec.analysis.answers import METRICS
 from diffspec.results import InputError
@@ -71,3 +73,13 @@ def cost(prediction, objective: str):
     """What is minimised: log of the metric, or minus log throughput."""
     value = jnp.log(getattr(prediction, METRICS[objective]))
     return -value if objective == "throughput" else value
+
+
+def costs(metrics, saturated, limits: Sequence[Limit], objective: str):
+    """(cost, worst log excess, feasible) of every draft length; saturated ones are never feasible."""
+    cost = np.log(metrics[objective]) * (-1.0 if objective == "throughput" else 1.0)
+    excess = np.stack(
+        [np.asarray(limit.excess(metrics[limit.metric])) for limit in limits] or [np.full_like(cost, -1.0)]
+    )
+    worst = excess.max(axis=0)
+    return cost, worst, (worst <= 0) & ~saturated

@@ -12,12 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractAcceptance
-from diffspec.analysis.answers import FAST_COMPILE, METRICS, QUEUEING, finite
-from diffspec.analysis.before_traces import DOES_NOT_FIT, LEVEL, Unmeasured, each, spread
+from diffspec.analysis.answers import METRICS, QUEUEING
+from diffspec.analysis.before_traces import DOES_NOT_FIT, Unmeasured
+from diffspec.analysis.intervals import NO_INTERVALS, each
+from diffspec.analysis.plain import FAST_COMPILE, enough_states, finite
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.fitting.deployment import FittedDeployment
+from diffspec.fitting.uncertainty import DRAWS
+from diffspec.optimizing.choice import best_static, choice_intervals
 from diffspec.optimizing.flags import vllm_flags
-from diffspec.optimizing.limits import Limit, check_objective, parse_limit
+from diffspec.optimizing.limits import check_objective, costs, parse_limit
 from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
 from diffspec.optimizing.schedule import LONGEST_SCHEDULE, batch_schedule, latency_under_schedule
 from diffspec.results import RESULTS, InputError
@@ -80,14 +84,16 @@ def optimize(
     * ``capture_sizes`` [tok]: batches that the engine pads to (CUDA graphs); the smooth relaxation is then rounded,
       checked and reported on that staircase (:class:`diffspec.staircase.StaircaseStepTime`)
     * k = 0 (no speculation) is a branch of its own, always compared, feasible or not like any other
-    * ``draws``: serving models with a leading axis, drawn from what is not known; adds ``intervals``, how the best
-      draft length of each load varies over them
+    * ``draws``: serving models with a leading axis, drawn from what is not known; by default what the fit leaves open
 
     Returns plain data: ``outcome`` (``successful`` when some load has a feasible draft length, else ``infeasible`` or
     ``saturated``), ``policy`` (ranges of loads with one draft length; metrics and headroom are those at load_to, the
     worst of the range), ``table`` (one entry per load), ``schedule`` ([[first_batch, last_batch, k], ...]),
     ``schedule_vs_static``, ``flags``, ``optimality_gap`` (relaxed and rounded over exhaustive, - 1, the largest over
-    loads), ``static_draft_length``, ``infeasible`` (which limit fails by how much where nothing is feasible).
+    loads), ``static_draft_length``, ``infeasible`` (which limit fails by how much where nothing is feasible),
+    ``intervals`` (:func:`diffspec.optimizing.choice.choice_intervals`; None with ``intervals_reason`` for a model
+    without draws), and ``inside_measured`` and ``outside_measured`` (:mod:`diffspec.fitting.hull`) of each entry and,
+    together, of all that have a draft length. Entries have ``chosen_probability``: that their draft length is the best.
 
     Errors: :class:`InputError` for unknown metrics, loads that do not increase, or ranges.
     """
@@ -104,10 +110,6 @@ def optimize(
     check_range("output_scv", float(output_scv), 0, 100, low_open=False, unit="(squared coefficient of variation)")
     check_range("prefix_hit_rate", float(prefix_hit_rate), 0, 1, low_open=False, unit="(share of the prompt)")
     report = progress or (lambda what, share: None)
-    smooth, serving = (
-        jax.tree.map(np.asarray, model)
-        for model in (deployment.serving, on_captured_sizes(deployment.serving, capture_sizes))
-    )
     config = deployment.configuration(
         float(max_draft_length),
         acceptance=acceptance,
@@ -126,16 +128,13 @@ def optimize(
         prefix_hit_rate=np.full(count, float(prefix_hit_rate)),
         **{loop: np.asarray(loads, dtype=float)},
     )
+    smooth = enough_states(jax.tree.map(np.asarray, deployment.serving), workloads, config)
+    serving = on_captured_sizes(smooth, capture_sizes)
     report("every draft length", 0.1)
     metrics, saturated = jax.tree.map(np.asarray, _exhaustive(max_draft_length, serving, workloads, config))
     plain_known = deployment.plain_measured
     if not plain_known:  # what a server without its drafter would do was not measured: no candidate
         saturated = saturated | (np.arange(max_draft_length + 1) == 0)
-    varied = None
-    if draws is not None:
-        models = each(on_captured_sizes(draws, capture_sizes))
-        drawn = [_exhaustive(max_draft_length, model, workloads, config) for model in models]
-        varied = _intervals(loads, drawn, plain_known, limits, objective)
     report("relaxed draft length", 0.4)
     starts = jnp.asarray(np.unique([1.0, math.sqrt(max_draft_length), float(max_draft_length)]))
     relaxed = np.asarray(relaxed_draft_lengths(objective, limits, max_draft_length, smooth, workloads, config, starts))
@@ -151,16 +150,38 @@ def optimize(
         )
         for i, load in enumerate(loads)
     ]
+    fields = {"prompt_length": float(prompt_length), "output_length": float(output_length)}
+    for entry in table:
+        length = entry["draft_length"]
+        entry |= deployment.hull(
+            entry["nearest_draft_length"] if length is None else length, {loop: entry["load"]} | fields
+        )
+    report("how sure that is", 0.6)
+    known = deployment.uncertainty if draws is None else None
+    if known is not None:
+        draws = known.models(deployment.serving, DRAWS)
+    varied = None
+    if draws is not None:
+        models = on_captured_sizes(enough_states(draws, workloads, config), capture_sizes)
+        drawn = [_exhaustive(max_draft_length, model, workloads, config) for model in each(models)]
+        chosen = [entry["draft_length"] for entry in table]
+        is_open = loop == "arrival_rate"
+        varied = choice_intervals(
+            loads, chosen, drawn, limits, objective, is_open=is_open, plain_known=plain_known, known=known
+        )
+    for i, entry in enumerate(table):
+        shares = {} if varied is None else varied["loads"][i]["probability_best"]
+        entry["chosen_probability"] = shares.get(str(entry["draft_length"]))
     one = jax.tree.map(lambda leaf: leaf[0], workloads)
     batches = _schedule_length(config, one)
     schedule = batch_schedule(serving, one, config, max_draft_length, batches)
-    static = _best_static(metrics, saturated, limits, objective)
+    static = best_static(metrics, saturated, limits, objective)
     report("done", 1.0)
     feasible = [entry for entry in table if entry["feasible"]]
     outcome = "successful" if feasible else "saturated" if saturated.all() else "infeasible"
     method, drafter = (deployment.defaults.get(name) for name in ("method", "drafter"))
     gaps = [entry["optimality_gap"] for entry in feasible if entry["optimality_gap"] is not None]
-    answer = {
+    return {
         "outcome": outcome,
         "objective": objective,
         "limits": [limit.text for limit in limits],
@@ -184,10 +205,12 @@ def optimize(
         "flags": vllm_flags(static or 0, schedule.ranges if feasible else [[1, batches, 0]], method, drafter),
         "optimality_gap": max(gaps) if gaps else None,
         "infeasible": None if feasible else table[0]["violations"],
+        "intervals": varied,
+        "intervals_reason": NO_INTERVALS if varied is None else None,
+        **_hull_of(feasible or table),
         "warnings": _caveats(deployment, loads, loop, prompt_length, output_length, max_draft_length, acceptance)
         + _queueing(table, loop, config, one),
     }
-    return answer if draws is None else answer | {"intervals": varied}
 
 
 def on_captured_sizes(serving: ServingModel, capture_sizes: Sequence[int] | None) -> ServingModel:
@@ -195,20 +218,6 @@ def on_captured_sizes(serving: ServingModel, capture_sizes: Sequence[int] | None
     if capture_sizes is None:
         return serving
     return replace(serving, step_time=StaircaseStepTime(inner=serving.step_time, capture_sizes=tuple(capture_sizes)))
-
-
-def _intervals(loads, drawn, plain_known, limits, objective) -> dict[str, Any]:
-    """The central :data:`LEVEL` of each load's best draft length over draws that have one, and how many have."""
-    best = []
-    for metrics, saturated in jax.tree.map(np.asarray, drawn):
-        unknown = (np.arange(saturated.shape[-1]) == 0) & (not plain_known)
-        cost, _, feasible = _costs(metrics, saturated | unknown, limits, objective)
-        best.append(np.where(feasible.any(axis=1), np.argmin(np.where(feasible, cost, np.inf), axis=1), -1))
-    entries = []
-    for load, chosen in zip(loads, np.stack(best, axis=1), strict=True):
-        told = spread(chosen[chosen >= 0]) if (chosen >= 0).any() else dict.fromkeys(("low", "median", "high"))
-        entries.append({"load": float(load), "draft_length": told, "feasible_share": float((chosen >= 0).mean())})
-    return {"level": LEVEL, "draws": len(best), "loads": entries}
 
 
 def _check(loads: Sequence[float], loop: str, longest: int) -> None:
@@ -224,19 +233,9 @@ def _check(loads: Sequence[float], loop: str, longest: int) -> None:
         raise InputError(f"max_draft_length: got {longest!r}; allowed: whole numbers from 1 to {MAX_DRAFT_LENGTH}")
 
 
-def _costs(metrics, saturated, limits: tuple[Limit, ...], objective: str):
-    """(cost, worst log excess, feasible) of every draft length; saturated ones are never feasible."""
-    cost = np.log(metrics[objective]) * (-1.0 if objective == "throughput" else 1.0)
-    excess = np.stack(
-        [np.asarray(limit.excess(metrics[limit.metric])) for limit in limits] or [np.full_like(cost, -1.0)]
-    )
-    worst = excess.max(axis=0)
-    return cost, worst, (worst <= 0) & ~saturated
-
-
 def _choose(load, metrics, saturated, limits, objective, relaxed) -> dict[str, Any]:
     """The decision at one load, from the exact values at whole draft lengths 0..K."""
-    cost, worst, feasible = _costs(metrics, saturated, limits, objective)
+    cost, worst, feasible = costs(metrics, saturated, limits, objective)
     entry: dict[str, Any] = {"load": load, "feasible": bool(feasible.any()), "relaxed_draft_length": float(relaxed)}
     if not feasible.any():
         penalty = np.where(saturated, 1e6 + np.maximum(metrics["utilization"] - 1.0, 0.0), worst)
@@ -283,28 +282,23 @@ def _choose(load, metrics, saturated, limits, objective, relaxed) -> dict[str, A
     }
 
 
-def _best_static(metrics, saturated, limits, objective) -> int | None:
-    """The one draft length for all loads: feasible at most of them, then the smallest mean log cost there."""
-    cost, _, feasible = _costs(metrics, saturated, limits, objective)
-    if not feasible.any():
-        return None
-    served = feasible.sum(axis=0)
-    among = np.flatnonzero(served == served.max())
-    common = feasible[:, among].all(axis=1)
-    rows = common if common.any() else feasible[:, among].any(axis=1)
-    return int(among[np.argmin(cost[rows][:, among].mean(axis=0))])
-
-
 def _merge(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Neighbouring loads with the same decision as one range."""
+    """Neighbouring loads with the same decision as one range, outside what was measured where one of them is."""
+    at_load_to = ("draft_length", "metrics", "speedup", "headroom", "violations", "chosen_probability")
     policy: list[dict[str, Any]] = []
-    for entry in table:
-        shown = {name: entry[name] for name in ("draft_length", "metrics", "speedup", "headroom", "violations")}
-        if policy and policy[-1]["draft_length"] == entry["draft_length"]:
-            policy[-1] |= {"load_to": entry["load"]} | shown
-        else:
-            policy.append({"load_from": entry["load"], "load_to": entry["load"]} | shown)
+    for _, group in itertools.groupby(table, key=lambda entry: entry["draft_length"]):
+        entries = list(group)
+        last = {name: entries[-1][name] for name in at_load_to}
+        policy.append({"load_from": entries[0]["load"], "load_to": entries[-1]["load"]} | last | _hull_of(entries))
     return policy
+
+
+def _hull_of(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Whether all of these lie inside what was measured, and what does not, each told once."""
+    outside: list[dict[str, Any]] = []
+    for entry in entries:
+        outside += [told for told in entry["outside_measured"] if told not in outside]
+    return {"inside_measured": not outside, "outside_measured": outside}
 
 
 def _schedule_length(config: Configuration, workload: Workload) -> int:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffspec.analysis.answers import FAST_COMPILE, METRICS
+from diffspec.analysis.answers import METRICS
+from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
 from diffspec.optimizing.limits import Limit, cost
 from diffspec.serving import ServingModel

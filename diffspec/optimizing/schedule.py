@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffspec.analysis.answers import FAST_COMPILE
+from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
 from diffspec.optimizing.relaxation import at_draft_length
 from diffspec.serving import MOST_STATES, ServingModel

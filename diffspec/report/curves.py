@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance, KnownMoments
-from diffspec.analysis.answers import FAST_COMPILE
+from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.prediction import STAGES, Prediction

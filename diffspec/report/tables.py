@@ -92,6 +92,8 @@ def evaluation(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield Text(f"{count} rows set aside: {reason}")
     if answer["saturated_rows"]:
         yield Text(f"{answer['saturated_rows']} rows are predicted to saturate (each counts as an error of 100 %)")
+    if answer["outside_rows"]:
+        yield Text(f"{answer['outside_rows']} of {answer['rows']} rows lie outside what was measured for the fit")
     if answer["not_predicted"]:
         yield Text(f"not predicted yet: {', '.join(answer['not_predicted'])}")
 
@@ -124,29 +126,30 @@ def _rounded(values: Sequence[float] | None) -> list[float] | None:
 
 def prediction(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
     """What `diffspec predict` says."""
-    latencies = [
-        ("time to first token (ttft)", milliseconds(answer["ttft"])),
-        ("gap between stream events (itl)", milliseconds(answer["itl"])),
-        ("time per output token (tpot)", milliseconds(answer["tpot"])),
-        ("end-to-end latency (e2e)", milliseconds(answer["e2e_latency"])),
-        ("throughput", quantity(answer["throughput"], "req/s")),
-        ("capacity", quantity(answer["capacity"], "req/s")),
-        ("utilization", percent(answer["utilization"])),
-        ("effective batch size", quantity(answer["effective_batch_size"], "req")),
-        ("tokens per step", quantity(answer["tokens_per_step"], "tok")),
-        ("speedup over no speculation", answer["speedup_reason"] or f"{significant(answer['speedup'])} x"),
+    rows = [
+        ("ttft", "time to first token (ttft)", milliseconds(answer["ttft"])),
+        ("itl", "gap between stream events (itl)", milliseconds(answer["itl"])),
+        ("tpot", "time per output token (tpot)", milliseconds(answer["tpot"])),
+        ("e2e_latency", "end-to-end latency (e2e)", milliseconds(answer["e2e_latency"])),
+        ("throughput", "throughput", quantity(answer["throughput"], "req/s")),
+        ("capacity", "capacity", quantity(answer["capacity"], "req/s")),
+        ("utilization", "utilization", percent(answer["utilization"])),
+        ("effective_batch_size", "effective batch size", quantity(answer["effective_batch_size"], "req")),
+        ("", "tokens per step", quantity(answer["tokens_per_step"], "tok")),
     ]
+    speedup = answer["speedup_reason"] or f"{significant(answer['speedup'])} x"
+    rows.append(("" if answer["speedup_reason"] else "speedup", "speedup over no speculation", speedup))
     if answer.get("breakeven_rate") is not None:
-        latencies.append(("break-even arrival rate", quantity(answer["breakeven_rate"], "req/s")))
+        rows.append(("breakeven_rate", "break-even arrival rate", quantity(answer["breakeven_rate"], "req/s")))
     elif answer.get("breakeven_reason") not in (None, answer["speedup_reason"]):
-        latencies.append(("break-even arrival rate", f"none: {answer['breakeven_reason']}"))
+        rows.append(("", "break-even arrival rate", f"none: {answer['breakeven_reason']}"))
     title = f"{answer['deployment']}, draft length {answer['draft_length']:g}: {answer['outcome']}"
-    if answer.get("memory"):
-        yield from _unmeasured(answer, title, latencies)
-    else:
-        yield table(title, ("mean", "predicted"), latencies)
+    told = answer.get("intervals")
+    if answer["outcome"] != "does_not_fit":
+        yield from _with_intervals(answer, title, rows)
+    yield from _assumed(answer, title if told is None else "")
     if answer.get("percentiles"):
-        yield percentile_table(answer["percentiles"])
+        yield percentile_table(answer["percentiles"], told and told.get("percentiles"))
     if answer["outcome"] == "does_not_fit":
         return
     if answer["outcome"] == "saturated":
@@ -155,11 +158,50 @@ def prediction(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield decomposition(answer["decomposition"])
 
 
-def percentile_table(found: Mapping[str, Any]) -> RenderableType:
-    """Percentiles of ttft, tpot, itl and e2e; the title says how many requests wait for a place in the batch."""
+def _with_intervals(
+    answer: Mapping[str, Any], title: str, rows: Sequence[tuple[str, str, str]]
+) -> Iterator[RenderableType]:
+    """Means with their intervals where the answer has them, what these hold, and whether anything like it was
+    measured; ``rows`` are name, label and value."""
+    told = answer.get("intervals")
+    if told is None:
+        yield table(title, ("mean", "predicted"), [row[1:] for row in rows])
+    else:
+        shown = [(*row[1:], _interval(row[0], told["metrics"].get(row[0]))) for row in rows]
+        if energy := answer.get("energy_per_token"):
+            power = quantity(energy["power"], "W")
+            shown.append((f"energy per output token, at {power}", quantity(energy["joules"], "J"), NONE))
+        yield table(title, ("mean", "predicted", f"{told['level']:.0%} interval"), shown)
+        if told["saturated_share"]:
+            yield Text(f"{percent(told['saturated_share'])} of the draws saturate")
+        if "misfit" in told["includes"]:
+            yield Text(
+                f"intervals: of what a long benchmark would measure, by {told['draws']} draws of what the fit leaves "
+                "open and what it misses; acceptance is as given, in no interval"
+            )
+    yield from _measured(answer)
+
+
+def _measured(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Why there are no intervals, and what of the question was not measured."""
+    if answer.get("intervals_reason"):
+        yield Text(f"no intervals: {answer['intervals_reason']}")
+    fields = list(dict.fromkeys(entry["field"] for entry in answer.get("outside_measured", ())))
+    if "deployment" in fields:
+        return  # nothing was: the assumptions tell
+    yield Text(f"outside what was measured: {', '.join(fields)}" if fields else "inside what was measured")
+
+
+def percentile_table(found: Mapping[str, Any], told: Mapping[str, Any] | None = None) -> RenderableType:
+    """Percentiles of ttft, tpot, itl and e2e, each above its interval where ``told``; the title says how many requests
+    wait for a place in the batch."""
     metrics = [metric for metric in ("ttft", "tpot", "itl", "e2e") if metric in found]
     names = list(found[metrics[0]])
-    rows = [(metric, *(milliseconds(found[metric][name]) for name in names)) for metric in metrics]
+    rows = []
+    for metric in metrics:
+        rows.append((metric, *(milliseconds(found[metric][name]) for name in names)))
+        if told:
+            rows.append(("  interval", *(_interval(metric, told[metric][name]) for name in names)))
     waits = percent(found["waiting_probability"])
     return table(f"percentiles; {waits} of the requests wait for a place in the batch", ("", *names), rows)
 
@@ -187,27 +229,6 @@ def _half(entry: Mapping[str, Any]) -> str:
     return NONE if half is None or not value else percent(half / abs(value))
 
 
-_IN_ROW = (
-    *("ttft", "itl", "tpot", "e2e_latency", "throughput", "capacity", "utilization", "effective_batch_size"),
-    *(None, "speedup"),
-)
-
-
-def _unmeasured(answer: Mapping[str, Any], title: str, rows: Sequence[tuple[str, str]]) -> Iterator[RenderableType]:
-    """Means with their intervals, the memory plan, energy, and what was assumed."""
-    told = answer["intervals"]
-    if told is not None:
-        names = (*_IN_ROW, *[None] * (len(rows) - len(_IN_ROW)))
-        shown = [(*row, _interval(name, told["metrics"].get(name))) for row, name in zip(rows, names, strict=True)]
-        energy = answer["energy_per_token"]
-        power = quantity(energy["power"], "W")
-        shown.append((f"energy per output token, at {power}", quantity(energy["joules"], "J"), NONE))
-        yield table(title, ("mean", "predicted", f"{told['level']:.0%} interval"), shown)
-        if told["saturated_share"]:
-            yield Text(f"{percent(told['saturated_share'])} of the draws saturate")
-    yield from _assumed(answer, title if told is None else "")
-
-
 def _assumed(answer: Mapping[str, Any], title: str = "") -> Iterator[RenderableType]:
     """The memory plan and what was assumed, where an answer has them."""
     if answer.get("memory"):
@@ -215,15 +236,15 @@ def _assumed(answer: Mapping[str, Any], title: str = "") -> Iterator[RenderableT
         yield table("assumed", ("what",), [(line,) for line in answer["assumptions"]])
 
 
-def _interval(name: str | None, edges: Mapping[str, float | None] | None) -> str:
-    if name is None or edges is None:
+def _interval(name: str, edges: Mapping[str, float | None] | None) -> str:
+    if edges is None or (edges["median"] is None and edges["low"] is None):
         return NONE
-    units = {"throughput": "req/s", "capacity": "req/s", "effective_batch_size": "req"}
+    units = dict.fromkeys(("throughput", "capacity", "breakeven_rate"), "req/s")
+    units |= {"effective_batch_size": "req", "speedup": "1"}
     if name == "utilization":
         low, high = percent(edges["low"]), percent(edges["high"])
     else:
-        unit = "1" if name == "speedup" else units.get(name, "s")
-        low, high = (quantity(edges[edge], unit) for edge in ("low", "high"))
+        low, high = (quantity(edges[edge], units.get(name, "s")) for edge in ("low", "high"))
     return f"{low} to {'unbounded' if edges['high'] is None else high}"
 
 
@@ -272,15 +293,16 @@ def policy(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
                 *(metric_value(name, entry["metrics"].get(name)) for name in shown),
                 significant(entry["speedup"]),
                 percent(entry["headroom"]),
+                percent(entry["chosen_probability"]),
             )
         )
     if answer["outcome"] == "does_not_fit":
         yield from _assumed(answer, f"{answer['deployment']}: does_not_fit")
         return
-    columns = ("load", "draft length", *shown, "speedup", "headroom")
+    columns = ("load", "draft length", *shown, "speedup", "headroom", "probability best")
     best = "largest" if answer["objective"] == "throughput" else "smallest"
     yield table(f"draft length by load, {best} {answer['objective']}: {answer['outcome']}", columns, rows)
-    yield Text("metrics, speedup and headroom are those at the upper end of each range")
+    yield Text("metrics, speedup, headroom and probability are those at the upper end of each range")
     for entry in answer["policy"]:
         yield from _violations(entry)
     if answer.get("schedule"):
@@ -294,17 +316,22 @@ def policy(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield Text(f"the relaxation, rounded, is within {percent(answer['optimality_gap'])} of exhaustive search")
     if answer.get("intervals"):
         yield _draft_lengths(answer["intervals"])
+    yield from _measured(answer)
     yield from _assumed(answer)
 
 
 def _draft_lengths(told: Mapping[str, Any]) -> Table:
-    """How the best draft length varies over draws of what is not known."""
-    rows = [
-        (f"{entry['load']:g}", *map(significant, entry["draft_length"].values()), percent(entry["feasible_share"]))
-        for entry in told["loads"]
-    ]
-    columns = ("load", "low", "median", "high", "draws with an answer")
-    return table(f"best draft length, {told['level']:.0%} of {told['draws']} draws", columns, rows)
+    """How likely each draft length is the best over draws of what is not known, and what the chosen one gains."""
+    rows = []
+    for entry in told["loads"]:
+        likely = sorted(entry["probability_best"].items(), key=lambda item: (-item[1], int(item[0])))
+        shares = ", ".join(f"{length}: {percent(share)}" for length, share in likely if share > 0)
+        gain = _interval("speedup", entry["speedup"])
+        shown = (percent(entry[name]) for name in ("expected_regret", "chosen_feasible_share"))
+        rows.append((f"{entry['load']:g}", shares or "none will do", gain, *shown))
+    level = f"{told['level']:.0%}"
+    columns = ("load", "best in", f"speedup of the chosen, {level}", "its expected regret", "keeps the limits in")
+    return table(f"best draft length over {told['draws']} draws of what is not known", columns, rows, left=2)
 
 
 def _schedule_against_policy(entries: list[Mapping[str, Any]]) -> Iterator[RenderableType]:
@@ -344,6 +371,7 @@ def sensitivities(answer: Mapping[str, Any], most: int = 20) -> Iterator[Rendera
         columns = ("name", "kind", "now", "elasticity", *(() if told is None else (f"{told['level']:.0%} interval",)))
         yield table(title, columns, rows, left=2)
         yield Text("elasticity 0.7: 1 % more of it gives 0.7 % more of the metric")
+    yield from _measured(answer)
     yield from _assumed(answer, "" if rows else title)
 
 

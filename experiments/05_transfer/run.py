@@ -23,7 +23,7 @@ from scipy.optimize import least_squares  # noqa: E402
 
 import diffspec  # noqa: E402
 from diffspec.acceptance import acceptance_from_tokens_per_step  # noqa: E402
-from diffspec.analysis.before_traces import intervals  # noqa: E402
+from diffspec.analysis.intervals import intervals  # noqa: E402
 from diffspec.architecture import read_architecture  # noqa: E402
 from diffspec.first_principles import SPREAD, Efficiency, FirstPrinciples, draws  # noqa: E402
 from diffspec.fitting.fit import fit  # noqa: E402
