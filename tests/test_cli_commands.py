@@ -220,6 +220,7 @@ def test_predict_in_words(model):
     ran = run("predict", model, *LOAD, "--draft-length", "2")
     assert ran.code == 0 and ran.err == ""
     assert all(word in ran.out for word in ("ms", "where the time goes", "speedup over no speculation", "req/s"))
+    assert "no intervals: the model does not tell how sure it is" in ran.out and "inside what was measured" in ran.out
     plain = run("predict", model, *LOAD, "--draft-length", "0")
     assert "there is no speculation to compare" in " ".join(re.sub("[│┃]", " ", plain.out).split())
 

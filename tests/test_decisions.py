@@ -72,7 +72,17 @@ def test_prediction_answer_is_plain_and_complete(deployment):
     (mixed,) = answer["warnings"]  # the trace imposes 0.6 at draft length 2 and 0.9 at 4
     assert "0.60 at draft length 2, 0.90 at draft length 4" in mixed
     own = deployment.configuration(4, acceptance=ConstantAcceptance(0.9))
-    assert predict_answer(deployment, Workload(**LENGTHS, arrival_rate=3.0), own)["warnings"] == []
+    answer = predict_answer(deployment, Workload(**LENGTHS, arrival_rate=3.0), own, percentile_intervals=True)
+    assert answer["warnings"] == [] and answer["inside_measured"] and answer["outside_measured"] == []
+    told = answer["intervals"]
+    for name in ("ttft", "itl", "tpot", "e2e_latency", "capacity", "utilization", "effective_batch_size", "speedup"):
+        assert told["metrics"][name]["low"] < answer[name] < told["metrics"][name]["high"], name
+    for metric in ("ttft", "tpot", "itl", "e2e"):
+        for name, edges in told["percentiles"][metric].items():
+            assert edges["low"] < answer["percentiles"][metric][name] < edges["high"]
+    older = predict_answer(replace(deployment, uncertainty=None), Workload(**LENGTHS, arrival_rate=3.0), own)
+    assert older["intervals"] is None and "fit the trace again" in older["intervals_reason"]
+    assert older["ttft"] == answer["ttft"] and answer["intervals_reason"] is None
 
 
 def test_requests_wait_for_a_place_in_the_batch(deployment):
@@ -175,6 +185,10 @@ def test_elasticities_are_finite_differences(deployment, metric):
 def test_time_parameters_scale_latency_together(deployment):
     """Twice every time at half the rate is twice the latency: elasticities of times minus the rate's are 1."""
     answer = sensitivity(deployment, Workload(**LENGTHS, arrival_rate=3.0), deployment.configuration(4))
+    assert answer["inside_measured"] and answer["intervals"]["draws"] == 64
+    told = answer["intervals"]["elasticities"]
+    assert all(told[row["name"]]["low"] <= told[row["name"]]["high"] for row in answer["elasticities"])
+    assert told["arrival_rate"]["low"] < told["arrival_rate"]["high"]
     times = sum(row["elasticity"] for row in answer["elasticities"] if row["unit"] in ("s", "s/req", "s/tok"))
     rate = next(row["elasticity"] for row in answer["elasticities"] if row["name"] == "arrival_rate")
     assert_close(times - rate, 1.0, rtol=1e-9)
@@ -196,6 +210,60 @@ def test_policy_is_what_brute_force_finds(limited, metrics_of):
         if best_k is not None:
             assert_close(entry["metrics"]["e2e_mean"], best, rtol=1e-9)
             assert entry["headroom"] >= 0.0
+
+
+def test_the_probability_of_each_draft_length_is_that_of_a_count(deployment, limited):
+    """Every draw, load and draft length by itself: which is best within the limits, and what the chosen one loses."""
+    config = deployment.configuration(8.0, acceptance=ConstantAcceptance(0.8))
+
+    @jax.jit
+    @jax.vmap
+    def program(model, rate, k):
+        return model.predict(Workload(**LENGTHS, arrival_rate=rate), eqx.tree_at(lambda c: c.draft_length, config, k))
+
+    loads = LOADS[1:4]
+    models = deployment.uncertainty.models(deployment.serving, 64)
+    cells = list(itertools.product(range(64), loads, range(9)))
+    draw, rate, k = (np.asarray(column) for column in zip(*cells, strict=True))
+    found = program(jax.tree.map(lambda leaf: leaf[draw], models), rate, k.astype(float))
+    ttft, e2e = (np.asarray(getattr(found, name)).reshape(64, 3, 9) for name in ("ttft", "e2e_latency"))
+    allowed = (ttft <= 0.18) & (e2e <= 2.5) & (np.asarray(found.utilization).reshape(64, 3, 9) < 0.999)
+    told = limited["intervals"]
+    assert told["draws"] == 64 and [entry["load"] for entry in told["loads"]] == LOADS
+    for place, load in enumerate(loads):
+        entry, chosen = told["loads"][place + 1], limited["table"][place + 1]["draft_length"]
+        best = [
+            min((e2e[i, place, j], j) for j in range(9) if allowed[i, place, j])[1] if allowed[i, place].any() else None
+            for i in range(64)
+        ]
+        assert entry["probability_best"] == {str(j): best.count(j) / 64 for j in range(9)}, load
+        assert entry["feasible_share"] == 1 - best.count(None) / 64
+        if chosen is None:
+            continue
+        assert limited["table"][place + 1]["chosen_probability"] == best.count(chosen) / 64
+        keeps = [i for i in range(64) if allowed[i, place, chosen]]
+        regrets = [e2e[i, place, chosen] / e2e[i, place, best[i]] - 1 for i in keeps]
+        assert entry["chosen_feasible_share"] == len(keeps) / 64
+        assert entry["expected_regret"] == pytest.approx(np.mean(regrets), rel=1e-6, abs=1e-12)
+        ratios = e2e[:, place, 0] / e2e[:, place, chosen]
+        assert entry["speedup"] is None or entry["speedup"]["median"] == pytest.approx(
+            np.quantile(ratios, 0.5, method="nearest"), rel=1e-9
+        )
+    static = told["static_draft_length"]["probability_best"]
+    assert set(static) == set(map(str, range(9))) and sum(static.values()) <= 1.0 + 1e-12
+
+
+def test_recommendations_say_whether_they_were_measured(limited):
+    assert limited["inside_measured"] == all(
+        entry["inside_measured"] for entry in limited["table"] if entry["feasible"]
+    )
+    for entry in limited["table"]:
+        k = entry["draft_length"] if entry["feasible"] else entry["nearest_draft_length"]
+        measured = (k == 0 or 2 <= k <= 4) and entry["load"] <= 4.0
+        assert entry["inside_measured"] == measured == (not entry["outside_measured"]), entry
+    for part in limited["policy"]:
+        rows = [row for row in limited["table"] if part["load_from"] <= row["load"] <= part["load_to"]]
+        assert part["inside_measured"] == all(row["inside_measured"] for row in rows)
 
 
 def test_policy_ranges_cover_the_loads_and_limits_bind(limited):

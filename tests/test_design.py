@@ -17,9 +17,9 @@ from test_cli_main import run, toy_deployment, toy_model
 from test_fit import SERVER, reference_rows, trace_of
 
 from diffspec.analysis import optimal_design
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.analysis.design import CRITERIA, design
 from diffspec.analysis.design_files import plan_files, sweep_files
+from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.analysis.runs import Knowledge, Run, alike
 from diffspec.collecting.plan_text import read_plan
 from diffspec.fitting.deployment import FittedDeployment

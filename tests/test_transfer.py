@@ -273,7 +273,7 @@ CONFIGS = REPOSITORY / "data" / "configs"
 CLI_PAIR = ("--verifier", CONFIGS / "llama-3.1-8b.json", "--drafter", CONFIGS / "llama-3.2-1b.json")
 CLI_LOAD = ("--arrival-rate", "8", "--prompt-length", "512", "--output-length", "200")
 CLI_DRAFT = ("--draft-length", "4", "--acceptance-rate", "0.8")
-NEW_KEYS = ("intervals", "memory", "energy_per_token", "assumptions")
+NEW_KEYS = ("memory", "energy_per_token", "assumptions")
 # the measured server's verifier: 8 layers of width 512, 29 M parameters, float32 (data/README.md)
 TINY = LLAMA_8B | {
     "hidden_size": 512,
@@ -410,8 +410,11 @@ def test_every_question_can_be_asked_before_any_trace(command, options, tmp_path
     """The keys are those of a fitted model and what first principles add, also where the pair does not fit."""
     question = (command, *CLI_PAIR, *CLI_LOAD, *options)
     answer = answer_of(*question, "--hardware", "h200")
-    added = ("memory", "assumptions") if command == "simulate" else ("intervals", "memory", "assumptions")
-    assert sorted(answer) == sorted([*documented(command), *added])
+    assert sorted(answer) == sorted([*documented(command), "memory", "assumptions"])
+    if command != "simulate":
+        assert [entry["field"] for entry in answer["outside_measured"]] == ["deployment"] and not answer[
+            "inside_measured"
+        ]
     assert answer["memory"]["fits"] and any("NVIDIA H200" in line for line in answer["assumptions"])
     if command == "optimize":
         central = answer_of("predict", *CLI_PAIR, *CLI_LOAD, *CLI_DRAFT, "--hardware", "h200")
@@ -453,6 +456,10 @@ def test_every_question_can_be_asked_of_other_hardware(measured):
     assert optimized[1]["schedule"] == optimized[0]["schedule"]
     values = [answer["value"] for answer in explained]
     assert values[1] == pytest.approx(values[0], rel=1e-9) and values[2] < values[0]
+    there = {"field": "hardware", "asked": "1 x l4", "measured": "1 x cpu"}
+    for answers in (optimized, explained):
+        assert there in answers[2]["outside_measured"] and not answers[2]["inside_measured"]
+        assert all("hardware" not in [entry["field"] for entry in a["outside_measured"]] for a in answers[:2])
     assert "cpu was measured" in explained[2]["assumptions"][0] and "assumptions" not in explained[0]
 
 

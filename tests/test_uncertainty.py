@@ -12,15 +12,20 @@ import scipy.optimize
 import scipy.stats
 from test_fit import QUIET, RATES, SERVER, reference_rows, trace_of
 
-from diffspec import evaluate, fit
+from diffspec import Workload, evaluate, fit
+from diffspec.acceptance import ConstantAcceptance
+from diffspec.analysis.answers import _compare
+from diffspec.analysis.intervals import draw_deployment, intervals, misfit, spread
 from diffspec.fitting.deployment import FittedModel
 from diffspec.fitting.evaluate import interval_summary
 from diffspec.fitting.forms import Scales, build_form
+from diffspec.fitting.hull import in_words, outside, ranges
 from diffspec.fitting.noise import Noise, negative_log_likelihood, repeat_weights
 from diffspec.fitting.objective import build_objective, choose_targets
 from diffspec.fitting.observations import observations
 from diffspec.fitting.solve import SOLVERS, minimise
 from diffspec.fitting.uncertainty import posterior_covariance
+from diffspec.parameters import get_parameters, parameter_infos, set_parameters, to_constrained, to_unconstrained
 from diffspec.results import InputError
 from diffspec.traces import read_trace
 
@@ -205,3 +210,141 @@ def test_measured_rows_of_the_quiet_table_lie_inside():
     metrics = model.deployment().quality["holdout"]["metrics"]
     inside = np.mean([metrics[name]["coverage"] for name in ("ttft_mean", "itl_mean", "e2e_mean")])
     assert inside >= 0.7  # nine rows of a draft length never seen
+
+
+# --- intervals of predictions ----------------------------------------------------------------------
+
+REFERENCE_LOAD = {"prompt_length": 300.0, "output_length": 120.0}
+
+
+@pytest.fixture(scope="module")
+def asked(model):
+    """(deployment, workload, configuration, its draws) of one question inside what was measured."""
+    deployment = model.deployment()
+    workload = Workload(**REFERENCE_LOAD, arrival_rate=9.0)
+    config = deployment.configuration(4.0, acceptance=ConstantAcceptance(0.8))
+    return deployment, workload, config, draw_deployment(deployment, workload, config)
+
+
+def test_intervals_are_those_of_a_loop_over_the_draws(asked):
+    """Each draw by itself, as the scalar model predicts it, and a scatter of random numbers."""
+    deployment, workload, config, drawn = asked
+    known, serving = deployment.uncertainty, deployment.serving
+    infos, values = parameter_infos(serving), get_parameters(serving)
+    workload, config = (jax.tree.map(lambda leaf: np.asarray(leaf, dtype=float), part) for part in (workload, config))
+    found = []
+    for deviations in known.draws[:64]:
+        moved = {
+            path: np.asarray(to_constrained(to_unconstrained(values[path], infos[path]) + deviation, infos[path]))
+            for path, deviation in zip(known.paths, deviations, strict=True)
+        }
+        whole = {path: np.asarray(value, dtype=float) for path, value in values.items()} | moved
+        trimmed = dataclasses.replace(serving, waiting_states=0)  # there is no cap
+        found.append(_compare(set_parameters(trimmed, whole), workload, config))
+    told = drawn.told()
+    assert told["level"] == 0.9 and told["draws"] == 64 and told["includes"] == ["parameters", "misfit"]
+    assert told["saturated_share"] == 0.0 and "percentiles" not in told
+    names = ("ttft", "itl", "tpot", "e2e_latency", "throughput", "capacity", "utilization", "effective_batch_size")
+    by_hand = {name: np.array([float(getattr(each.speculative, name)) for each in found]) for name in names}
+    by_hand["speedup"] = np.array([float(each.speedup) for each in found])
+    share = float(np.median(by_hand["ttft"] / by_hand["e2e_latency"]))
+    scales = misfit(known, is_open=True, ttft_share=share)
+    assert scales["ttft"] == pytest.approx(known.misfit["ttft_mean"] * known.inflation["ttft_mean"])
+    assert scales["speedup"] == pytest.approx(math.sqrt(2) * scales["e2e_latency"]) and scales["throughput"] == 0.0
+    scatter = scipy.stats.t(known.degrees_of_freedom).rvs((64, 2000), random_state=0)
+    for name, values in by_hand.items():
+        np.testing.assert_allclose(drawn.values[name], values, rtol=1e-9)
+        low, high = np.quantile(values[:, None] * np.exp(scales[name] * scatter), (0.05, 0.95))
+        edges = told["metrics"][name]
+        assert edges["low"] == pytest.approx(low, rel=0.01) and edges["high"] == pytest.approx(high, rel=0.01), name
+        assert edges["low"] <= edges["median"] <= edges["high"]
+    crossings = np.array([float(each.breakeven_rate) for each in found])
+    assert (np.isfinite(crossings) == np.isfinite(drawn.values["breakeven_rate"])).all()
+    finite = np.isfinite(crossings)
+    assert told["breakeven_share"] == pytest.approx(finite.mean())
+    np.testing.assert_allclose(drawn.values["breakeven_rate"][finite], crossings[finite], rtol=2e-3)
+
+
+def test_predicted_intervals_hold_the_means_of_the_planted_server(asked):
+    """The truth without noise, at loads and draft lengths that were not fitted."""
+    deployment, _, config, _ = asked
+    inside, widths = [], []
+    for row in reference_rows(SERVER, (2.0, 6.0, 10.0, 14.0, 18.0), (3, 4, 5), 0.8, 0.0):
+        load = Workload(**REFERENCE_LOAD, arrival_rate=row["arrival_rate"])
+        config = deployment.configuration(float(row["draft_length"]), acceptance=ConstantAcceptance(0.8))
+        told = draw_deployment(deployment, load, config).told()["metrics"]
+        for metric in ("ttft", "itl"):
+            inside.append(told[metric]["low"] <= row[f"{metric}_mean"] <= told[metric]["high"])
+            widths.append(math.log(told[metric]["high"] / told[metric]["low"]))
+    assert np.mean(inside) >= 0.85 and 0.02 < np.median(widths) < 0.2, (inside, widths)
+
+
+def test_intervals_of_finite_runs_hold_what_few_requests_leave(asked):
+    deployment = asked[0]
+    known = deployment.uncertainty
+    few, many = (misfit(known, is_open=True, ttft_share=0.2, requests=n)["itl"] for n in (10.0, np.inf))
+    assert few > many
+    closed = misfit(known, is_open=False, ttft_share=0.2)
+    assert closed["effective_batch_size"] == 0.0 and closed["throughput"] == closed["e2e_latency"] > 0.0
+
+
+def test_draws_that_are_nowhere_and_everywhere():
+    assert spread([np.nan]) == {"low": None, "median": None, "high": None}
+    assert spread([1.0, 2.0, np.inf, np.nan]) == {"low": 1.0, "median": 2.0, "high": None}
+
+
+def test_intervals_without_a_fit_have_no_misfit(asked):
+    _, workload, config, drawn = asked
+    told = intervals(drawn.models, workload, config)
+    assert told["includes"] == ["parameters"]
+    low, median, high = np.quantile(drawn.values["ttft"], (0.05, 0.5, 0.95), method="nearest")
+    assert told["metrics"]["ttft"] == {"low": low, "median": median, "high": high}
+
+
+# --- what was measured ----------------------------------------------------------------------
+
+
+def test_the_hull_is_that_of_the_rows_of_each_draft_length(tmp_path):
+    rows = reference_rows(SERVER, (2.0, 6.0), (0, 2), 0.8, 0.0) + reference_rows(SERVER, (4.0, 8.0), (6,), 0.8, 0.0)
+    measured = ranges(trace_of(rows, tmp_path / "rows.csv").frame)
+    assert measured["draft_lengths"] == [0, 2, 6] and measured["arrival_rate"] == [2.0, 8.0]
+    assert measured["by_draft_length"]["6"]["arrival_rate"] == [4.0, 8.0]
+    assert measured["by_draft_length"]["0"]["concurrency"] is None and measured["concurrency"] is None
+
+    def fields(draft_length, **load):
+        return [(entry["field"], entry.get("at_draft_length")) for entry in outside(measured, draft_length, load)]
+
+    assert fields(2, arrival_rate=6.0, prompt_length=300.0, output_length=120.0) == []
+    assert fields(4, arrival_rate=5.0) == []  # between two that both hold it
+    assert fields(4, arrival_rate=3.0) == [("arrival_rate", 6)]
+    assert fields(0, arrival_rate=8.0) == [("arrival_rate", 0)]
+    assert fields(6, arrival_rate=9.0, prompt_length=64.0) == [("arrival_rate", None), ("prompt_length", None)]
+    assert fields(1, arrival_rate=2.0) == fields(8, arrival_rate=2.0) == [("draft_length", None)]
+    assert fields(2, concurrency=4.0) == [("concurrency", None)]
+    words = [in_words(entry) for k in (1, 8, 4) for entry in outside(measured, k, {"arrival_rate": 3.0})]
+    assert words[0].endswith("below the shortest measured one, 2") and words[1].endswith("the longest measured one, 6")
+    assert words[2] == "arrival_rate 3 is outside the range measured with draft_length 6, 4 to 8"
+    older = {name: span for name, span in measured.items() if name != "by_draft_length"}
+    assert outside(older, 0, {"arrival_rate": 8.0}) == []  # a model of an older version knows no more
+    assert "by_draft_length" not in ranges(trace_of(rows, tmp_path / "rows.csv").frame, older)
+    wider = ranges(trace_of(rows[:2], tmp_path / "more.csv").frame.assign(arrival_rate=20.0), measured)
+    assert wider["by_draft_length"]["0"]["arrival_rate"] == [2.0, 20.0]
+    assert wider["by_draft_length"]["6"] == measured["by_draft_length"]["6"]
+
+
+def test_evaluated_rows_say_whether_they_were_measured(model, tmp_path):
+    rows = reference_rows(SERVER, (4.0, 8.0, 12.0, 40.0), (0, 2, 4, 6, 8), 0.8, 0.0)
+    answer = evaluate(model, trace_of(rows, tmp_path / "rows.csv"))
+    told = answer["predictions"]
+    assert len(told) == answer["rows"] == 20 and answer["outside_rows"] == 8
+    for row, source in zip(told, rows, strict=True):
+        assert row["arrival_rate"] == source["arrival_rate"] and row["draft_length"] == source["draft_length"]
+        asked = {entry["field"] for entry in row["outside_measured"]}
+        far = {"arrival_rate": source["arrival_rate"] > 20.0, "draft_length": source["draft_length"] > 6}
+        assert asked == {name for name, beyond in far.items() if beyond}
+        assert row["inside_measured"] == (not asked)
+        edges = row["metrics"]["itl_mean"]
+        assert edges["measured"] == pytest.approx(source["itl_mean"])
+        assert row["saturated"] or edges["low"] < edges["predicted"] < edges["high"]
+    assert (told[0]["source_row"], told[0]["concurrency"], told[0]["deployment"]) == (2, None, "reference")
+    json.dumps(answer, allow_nan=False)

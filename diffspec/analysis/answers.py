@@ -181,7 +181,8 @@ def percentile_spreads(
     states = _states(workload, config, prediction)
     if states is None:
         return None
-    models = itertools.islice(each(drawn.models), PERCENTILE_DRAWS)
+    models = (enough_states(model, workload, config) for model in each(drawn.models))
+    models = itertools.islice(models, PERCENTILE_DRAWS)
     means = zip(drawn.values["ttft"], drawn.values["e2e_latency"], strict=True)
     rows = [_percentiles(model, workload, config, states, *mean) for model, mean in zip(models, means, strict=False)]
     ends = ~drawn.saturated[: len(rows)]

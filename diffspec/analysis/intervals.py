@@ -33,13 +33,14 @@ _SCAN, _REFINE = 32, 4
 """Rates at which a draw's break-even rate is looked for, and how often the bracket found is narrowed."""
 
 
-@partial(jax.jit, compiler_options=FAST_COMPILE)
-def _predict_draws(models: ServingModel, workloads: Workload, config: Configuration):
+@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+def _predict_draws(states: int, models: ServingModel, workloads: Workload, config: Configuration):
     """Per draw, with a workload of its own, the metrics of ``config``, and of it and no speculation ``e2e_both`` [s],
-    ``capacity_both`` [req/s] and ``saturated_both``."""
+    ``capacity_both`` [req/s] and ``saturated_both``; ``states``: waiting_states."""
     lengths = jnp.stack([jnp.asarray(config.draft_length, dtype=float), jnp.zeros(())])
 
     def one(model, workload):
+        model = dataclasses.replace(model, waiting_states=states)
         both = jax.vmap(lambda k: model.predict(workload, eqx.tree_at(lambda c: c.draft_length, config, k)))(lengths)
         found = {name: getattr(both, name)[0] for name in METRICS if name not in COMPARED}
         found |= {"e2e_both": both.e2e_latency, "capacity_both": both.capacity}
@@ -48,19 +49,24 @@ def _predict_draws(models: ServingModel, workloads: Workload, config: Configurat
     return jax.vmap(one)(models, workloads)
 
 
-def _predicted(models: ServingModel, workload: Workload, config: Configuration, count: int) -> dict[str, np.ndarray]:
-    """:func:`_predict_draws` with fields of the workload that are one number for all draws, or one for each."""
+def _predicted(models: ServingModel, workload: Workload, config: Configuration, rates=None) -> dict[str, np.ndarray]:
+    """:func:`_predict_draws` of one workload for all draws, or with an arrival rate for each."""
+    (count,) = jax.tree.leaves(models)[0].shape
+    states = enough_states(next(each(models)), workload, config).waiting_states
     workloads = jax.tree.map(lambda leaf: np.broadcast_to(leaf, count).astype(float), workload)
-    return {name: np.asarray(values) for name, values in _predict_draws(models, workloads, config).items()}
+    if rates is not None:
+        workloads = eqx.tree_at(lambda w: w.arrival_rate, workloads, rates)
+    return {name: np.asarray(values) for name, values in _predict_draws(states, models, workloads, config).items()}
 
 
 def _breakeven_rates(models, workload: Workload, config: Configuration, most: np.ndarray) -> np.ndarray:
     """Each draw's smallest arrival rate [req/s] below ``most`` at which both arms are equally fast, infinite where
     none is (:meth:`ServingModel.breakeven_rate`): scanned, then interpolated in a bracket that narrows."""
 
+    load = dataclasses.replace(workload, arrival_rate=np.asarray(1.0), concurrency=None, n_requests=None)
+
     def gaps(rates):
-        load = dataclasses.replace(workload, arrival_rate=rates, concurrency=None, n_requests=None)
-        latency = _predicted(models, load, config, most.size)["e2e_both"]
+        latency = _predicted(models, load, config, rates)["e2e_both"]
         return np.log(latency[:, 0] / latency[:, 1])
 
     rates = np.linspace(1e-6, 0.998, _SCAN)[:, None] * most
@@ -128,8 +134,8 @@ class Draws:
 def draw(models: ServingModel, workload: Workload, config: Configuration, known: Uncertainty | None = None) -> Draws:
     """Predict one operating point by each of a batch of models: draws of what a fit leaves open where ``known``."""
     workload, config = (as_floats(part) for part in (workload, config))
-    models = enough_states(as_floats(models), workload, config)  # one compiled program for models of one structure
-    found = _predicted(models, workload, config, jax.tree.leaves(models)[0].shape[0])
+    models = as_floats(models)  # one compiled program for models of one structure
+    found = _predicted(models, workload, config)
     e2e, capacity, ends = (found.pop(f"{name}_both") for name in ("e2e", "capacity", "saturated"))
     ttft_share, saturated = float(np.median(found["ttft"] / found["e2e_latency"])), ends[:, 0]
     found |= {name: np.where(saturated, np.inf, found[name]) for name in (*LATENCIES, "effective_batch_size")}
@@ -194,7 +200,7 @@ def spread(values, known: Uncertainty | None = None, scale: float = 0.0) -> dict
     edges = (0.5 - LEVEL / 2, 0.5, 0.5 + LEVEL / 2)
     low, median, high = np.quantile(values, edges, method="nearest")  # infinite ones cannot be averaged
     if known is not None and scale > 0:
-        low, high = known.edges(values, np.asarray(scale))
+        (low,), (high,) = known.edges(values[:, None], np.asarray([scale]))
     return {"low": finite(low), "median": finite(median), "high": finite(high)}
 
 

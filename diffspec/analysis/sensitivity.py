@@ -61,7 +61,8 @@ def slope_intervals(
     models: ServingModel, workload: Workload, config: Configuration, metric: str, names: Sequence[str]
 ) -> dict[str, Any]:
     """How elasticities vary over a batch of models: ``elasticities[name]`` = low, median, high."""
-    found = [_elasticities(metric, model, workload, config)[0] for model in each(models)]
+    trimmed = (enough_states(model, workload, config) for model in each(models))
+    found = [_elasticities(metric, model, workload, config)[0] for model in trimmed]
     slopes = {
         name.removeprefix("step_time."): [float(draw[group][name]) for draw in found]
         for group in (0, 1)
@@ -134,7 +135,7 @@ def sensitivity(
     told = None
     if draws is not None:
         names = [row["name"] for row in rows if row["elasticity"] is not None]
-        told = slope_intervals(enough_states(draws, workload, config), workload, config, metric, names)
+        told = slope_intervals(draws, workload, config, metric, names)
     return {
         "metric": metric,
         "value": value,

@@ -103,7 +103,7 @@ class Uncertainty:
         if found is None and column.startswith("e2e"):
             first, rest = self.noise("ttft_mean", requests), self.noise("itl_mean", requests)
             if first is not None and rest is not None:
-                found = np.hypot(ttft_share * first, (1.0 - ttft_share) * rest)
+                found = np.asarray(np.hypot(ttft_share * first, (1.0 - ttft_share) * rest))
         return found
 
     def edges(self, values: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

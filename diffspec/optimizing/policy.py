@@ -162,8 +162,9 @@ def optimize(
         draws = known.models(deployment.serving, DRAWS)
     varied = None
     if draws is not None:
-        models = on_captured_sizes(enough_states(draws, workloads, config), capture_sizes)
-        drawn = [_exhaustive(max_draft_length, model, workloads, config) for model in each(models)]
+        trimmed = (enough_states(model, workloads, config) for model in each(draws))
+        models = (on_captured_sizes(model, capture_sizes) for model in trimmed)
+        drawn = [_exhaustive(max_draft_length, model, workloads, config) for model in models]
         chosen = [entry["draft_length"] for entry in table]
         is_open = loop == "arrival_rate"
         varied = choice_intervals(
