@@ -92,7 +92,7 @@ def evaluation(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield Text(f"{count} rows set aside: {reason}")
     if answer["saturated_rows"]:
         yield Text(f"{answer['saturated_rows']} rows are predicted to saturate (each counts as an error of 100 %)")
-    if answer["outside_rows"]:
+    if answer.get("outside_rows"):
         yield Text(f"{answer['outside_rows']} of {answer['rows']} rows lie outside what was measured for the fit")
     if answer["not_predicted"]:
         yield Text(f"not predicted yet: {', '.join(answer['not_predicted'])}")
@@ -186,7 +186,9 @@ def _measured(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Why there are no intervals, and what of the question was not measured."""
     if answer.get("intervals_reason"):
         yield Text(f"no intervals: {answer['intervals_reason']}")
-    fields = list(dict.fromkeys(entry["field"] for entry in answer.get("outside_measured", ())))
+    if "inside_measured" not in answer:
+        return
+    fields = list(dict.fromkeys(entry["field"] for entry in answer["outside_measured"]))
     if "deployment" in fields:
         return  # nothing was: the assumptions tell
     yield Text(f"outside what was measured: {', '.join(fields)}" if fields else "inside what was measured")
@@ -293,7 +295,7 @@ def policy(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
                 *(metric_value(name, entry["metrics"].get(name)) for name in shown),
                 significant(entry["speedup"]),
                 percent(entry["headroom"]),
-                percent(entry["chosen_probability"]),
+                percent(entry.get("chosen_probability")),
             )
         )
     if answer["outcome"] == "does_not_fit":
