@@ -1,10 +1,15 @@
-"""What several tests share: relative closeness, finite differences in log coordinates, outcome names."""
+"""What several tests share: relative closeness, finite differences in log coordinates, outcome names, predictions."""
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffspec.results import RESULTS
+
+AS_USERS_COMPILE = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+"""XLA's defaults, for what must hold to rounding; conftest.py has everything else compiled faster."""
 
 # fourth-order central differences: offsets in steps, weights over the step
 _OFFSETS = np.array([-2.0, -1.0, 1.0, 2.0])
@@ -34,3 +39,13 @@ def names(result, size: int) -> list[str]:
     lanes = np.stack([np.broadcast_to(np.asarray(result == getattr(RESULTS, name)), size) for name in outcomes])
     assert np.all(lanes.sum(axis=0) == 1)
     return [outcomes[i] for i in lanes.argmax(axis=0)]
+
+
+@jax.jit
+def _predict(model, workload, config):
+    return model.predict(workload, config)
+
+
+def predict(model, workload, config):
+    """A prediction, compiled once for each structure; operation by operation it takes a second or more every time."""
+    return _predict(*jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype=float), (model, workload, config)))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -138,6 +139,15 @@ def fluid_batch_seen(rate: float, residence: float, n_requests: float, points: i
     return float(np.trapezoid(in_flight**2, time) / np.trapezoid(in_flight, time))
 
 
+@cache  # an equilibrium asks for it at every iteration
+def chain_steps(output: float, alpha: float, k: int) -> float:
+    """Steps of a request whose drafted tokens are each accepted with probability alpha."""
+    pmf = chain_pmf(np.full(k, alpha))
+    tokens = np.arange(1, k + 2)
+    m1, m2 = pmf @ tokens, pmf @ tokens**2
+    return (output - 1 + (m2 / m1 - 1) / 2) / m1
+
+
 @dataclass(frozen=True)
 class ReferenceServer:
     """A dense server in plain floats: roofline verification, chain drafter, shared prefill (open loop, Poisson)."""
@@ -159,10 +169,7 @@ class ReferenceServer:
         return self.step_overhead + verify + k * self.pass_base
 
     def steps(self, output: float, alpha: float, k: int) -> float:
-        pmf = chain_pmf(np.full(k, alpha))
-        tokens = np.arange(1, k + 2)
-        m1, m2 = pmf @ tokens, pmf @ tokens**2
-        return (output - 1 + (m2 / m1 - 1) / 2) / m1
+        return chain_steps(output, alpha, k)
 
     def residence(self, batch: float, prompt: float, output: float, alpha: float, k: int) -> float:
         """Time in service of a request that finds `batch` others on average."""

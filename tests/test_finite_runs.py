@@ -1,10 +1,12 @@
 """Finite benchmark runs and closed loops of the model, against the simulator: e2e means."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import AS_USERS_COMPILE, predict
 from scipy.integrate import solve_ivp
 
 from diffspec.acceptance import ConstantAcceptance
@@ -68,19 +70,20 @@ def test_the_contexts_of_a_run_are_those_of_its_ages():
     assert float(found) == pytest.approx(2.0, rel=0.03)  # int exp(-V)*(1 + V) dV
 
 
+# Where rounding decides whether a run has just ended its slopes are off: seen with the compiler options of conftest.py.
+@partial(jax.jit, compiler_options=AS_USERS_COMPILE)
+@jax.value_and_grad
+def log_latency(log_rate, n):
+    load = Workload(300.0, 241.0, arrival_rate=jnp.exp(log_rate), n_requests=n, output_scv=0.5)
+    return jnp.log(ServingModel(SLOW, first_token_steps=1.5).predict(load, Configuration()).e2e_latency)
+
+
 @pytest.mark.parametrize(("rate", "n"), [(3.0, 40.0), (0.4, 200.0), (30.0, 100.0), (2.0, 1e12)])
 def test_a_run_has_derivatives(rate, n):
-    model = ServingModel(SLOW, first_token_steps=1.5)
-
-    @jax.jit
-    def latency(log_rate):
-        load = Workload(300.0, 241.0, arrival_rate=jnp.exp(log_rate), n_requests=n, output_scv=0.5)
-        return jnp.log(model.predict(load, Configuration()).e2e_latency)
-
-    slope = float(jax.grad(latency)(math.log(rate)))
+    slope = float(log_latency(math.log(rate), n)[1])
     step = 1e-5
-    difference = float(latency(math.log(rate) + step) - latency(math.log(rate) - step)) / (2 * step)
-    assert slope == pytest.approx(difference, rel=1e-3, abs=1e-6) and slope >= 0
+    ends = [float(log_latency(math.log(rate) + s, n)[0]) for s in (-step, step)]
+    assert slope == pytest.approx((ends[1] - ends[0]) / (2 * step), rel=1e-3, abs=1e-6) and slope >= 0
 
 
 @pytest.mark.parametrize("output", [1.0, 2.0])
@@ -101,10 +104,10 @@ def test_runs_of_single_tokens_have_numbers(output):
 @pytest.mark.parametrize("rate", [0.1, 3.0, 1e4])
 def test_a_run_of_one_request_is_alone(rate):
     model = ServingModel(SLOW, first_token_steps=1.5)
-    alone = model.predict(Workload(300.0, 241.0, concurrency=1.0), Configuration())
+    alone = predict(model, Workload(300.0, 241.0, concurrency=1.0), Configuration())
     load = Workload(300.0, 241.0, arrival_rate=rate, n_requests=1.0)
     for config in (Configuration(), Configuration(max_batch_size=16.0)):
-        run = model.predict(load, config)
+        run = predict(model, load, config)
         assert float(run.e2e_latency) == pytest.approx(float(alone.e2e_latency), rel=0.01)
         assert float(run.batch_seen) == pytest.approx(1.0, abs=0.02)
 
@@ -113,8 +116,8 @@ def test_an_endless_run_is_the_steady_state():
     model = ServingModel(SLOW, first_token_steps=1.5)
     for rate in (0.1, 1.0, 3.0):
         load = {"prompt_length": 300.0, "output_length": 241.0, "arrival_rate": rate, "output_scv": 0.6}
-        endless = model.predict(Workload(**load, n_requests=1e12), Configuration())
-        steady = model.predict(Workload(**load), Configuration())
+        endless = predict(model, Workload(**load, n_requests=1e12), Configuration())
+        steady = predict(model, Workload(**load), Configuration())
         assert float(endless.e2e_latency) == pytest.approx(float(steady.e2e_latency), rel=1e-6)
         assert float(endless.ttft) == pytest.approx(float(steady.ttft), rel=1e-6)
 
@@ -131,8 +134,8 @@ def test_a_finite_run_is_faster_than_the_steady_state(rate, n, law):
     measured = found.mean("e2e")
     model = ServingModel(SLOW, first_token_steps=1.5)
     load["output_scv"] = 1.0 if law == "geometric" else 0.0
-    finite = model.predict(Workload(**load, n_requests=float(n)), Configuration())
-    steady = model.predict(Workload(**load), Configuration())
+    finite = predict(model, Workload(**load, n_requests=float(n)), Configuration())
+    steady = predict(model, Workload(**load), Configuration())
     tolerance = (0.05 if law == "geometric" else 0.03) + measured.relative
     assert measured.relative < 0.04
     assert float(finite.e2e_latency) == pytest.approx(measured.value, rel=tolerance)
@@ -147,10 +150,10 @@ def test_a_run_at_its_cap_and_overloaded(use, n, law):
     config = Configuration(max_batch_size=16.0)
     model = ServingModel(FAST, first_token_steps=1.5)
     scv = 1.0 if law == "geometric" else 0.0
-    rate = use * float(model.predict(Workload(300.0, 120.0, arrival_rate=1.0, output_scv=scv), config).capacity)
+    rate = use * float(predict(model, Workload(300.0, 120.0, arrival_rate=1.0, output_scv=scv), config).capacity)
     load = Workload(300.0, 120.0, arrival_rate=rate)
     found = simulate(FAST, load, Engine(max_batch_size=16), n_requests=n, replications=96, finite=True, output_law=law)
-    told = model.predict(Workload(300.0, 120.0, arrival_rate=rate, output_scv=scv, n_requests=float(n)), config)
+    told = predict(model, Workload(300.0, 120.0, arrival_rate=rate, output_scv=scv, n_requests=float(n)), config)
     e2e, waiting = found.mean("e2e"), found.mean("waiting")
     assert e2e.relative < 0.08
     tolerance = 0.1 if use == 1.0 and law == "geometric" else 0.06
@@ -163,7 +166,7 @@ def test_a_run_at_its_cap_and_overloaded(use, n, law):
 def test_a_closed_loop_is_as_fast_as_simulated(concurrency, k):
     config = Configuration(float(k), ConstantAcceptance(0.8))
     load = Workload(300.0, 120.0, concurrency=float(concurrency))
-    model = ServingModel(FAST, first_token_steps=1.5).predict(load, config)
+    model = predict(ServingModel(FAST, first_token_steps=1.5), load, config)
     found = simulate(FAST, load, Engine(k, (0.8,) * k), n_requests=500, replications=4)
     assert float(model.e2e_latency) == pytest.approx(found.mean("e2e").value, rel=0.03)
     assert float(model.throughput) == pytest.approx(found.throughput.value, rel=0.03)
@@ -174,7 +177,7 @@ def test_a_short_run_near_saturation_has_not_waited_long_yet(cap, use, n):
     """Within 10 % where the stationary wait would put e2e 13 to 74 % too high."""
     config = Configuration(max_batch_size=float(cap))
     model = ServingModel(FAST, first_token_steps=1.5)
-    rate = use * float(model.predict(Workload(300.0, 120.0, arrival_rate=1.0), config).capacity)
+    rate = use * float(predict(model, Workload(300.0, 120.0, arrival_rate=1.0), config).capacity)
     found = simulate(
         FAST,
         Workload(300.0, 120.0, arrival_rate=rate),
@@ -184,8 +187,8 @@ def test_a_short_run_near_saturation_has_not_waited_long_yet(cap, use, n):
         finite=True,
     )
     measured = found.mean("e2e").value
-    finite = model.predict(Workload(300.0, 120.0, arrival_rate=rate, n_requests=float(n)), config)
-    steady = model.predict(Workload(300.0, 120.0, arrival_rate=rate), config)
+    finite = predict(model, Workload(300.0, 120.0, arrival_rate=rate, n_requests=float(n)), config)
+    steady = predict(model, Workload(300.0, 120.0, arrival_rate=rate), config)
     assert float(finite.e2e_latency) == pytest.approx(measured, rel=0.1)
     assert float(steady.e2e_latency) > 1.1 * measured
 
@@ -195,7 +198,7 @@ def test_a_run_under_a_token_budget_ends(budget, rate, n):
     """Up to three times the capacity: e2e within 15 % of the simulator; an endless run would wait for minutes."""
     model = ServingModel(AffineStepTime(verify_base=0.01, verify_query=2e-4, prefill_token=2e-5))
     load = {"prompt_length": 4000.0, "output_length": 50.0, "arrival_rate": rate}
-    told = model.predict(Workload(**load, n_requests=float(n)), Configuration(max_batched_tokens=float(budget)))
+    told = predict(model, Workload(**load, n_requests=float(n)), Configuration(max_batched_tokens=float(budget)))
     engine = Engine(max_batched_tokens=budget)
     found = simulate(model.step_time, Workload(**load), engine, n_requests=n, replications=16, finite=True)
     assert float(told.e2e_latency) == pytest.approx(found.mean("e2e").value, rel=0.15)

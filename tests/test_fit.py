@@ -44,7 +44,9 @@ def reference_rows(server: ReferenceServer, rates, draft_lengths, alpha: float, 
             prompt, output = 300.0, 120.0
             batch = 0.0
             for _ in range(3000):
-                batch = rate * server.residence(batch, prompt, output, alpha, k)
+                before, batch = batch, rate * server.residence(batch, prompt, output, alpha, k)
+                if batch == before:
+                    break
             e2e = server.residence(batch, prompt, output, alpha, k)
             steps = server.steps(output, alpha, k)
             step = server.step(batch + 1, prompt, output, k)

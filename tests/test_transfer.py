@@ -5,11 +5,9 @@ import csv
 import json
 from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, predict
 from test_architecture import LLAMA_1B, LLAMA_8B, LLAMA_70B, MIXTRAL_8X7B
 from test_cli_main import REPOSITORY, TRACE, run
 
@@ -42,16 +40,6 @@ LLAMA, SMALL = read_architecture(LLAMA_8B), read_architecture(LLAMA_1B)
 PAIR = FirstPrinciples(LLAMA, accelerator("h100"), SMALL, prompt_length=512.0, output_length=200.0)
 TRUE = Efficiency(memory=0.62, kv=0.7, compute=0.36, step_overhead=2e-3, request_overhead=0.012)
 LOAD = Workload(512.0, 200.0, arrival_rate=4.0)
-
-
-@jax.jit
-def _predict(model, workload, config):
-    return model.predict(workload, config)
-
-
-def predict(model, workload, config):
-    """A prediction, compiled once for each structure."""
-    return _predict(*jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype=float), (model, workload, config)))
 
 
 def fake_rows(path, pair, efficiency):

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import predict
 from scipy import integrate, stats
 
+from diffspec import percentiles
 from diffspec.acceptance import ConstantAcceptance, steps_of_short_outputs, steps_per_request_exact
 from diffspec.configuration import Configuration
 from diffspec.latency_distribution import _correlated
 from diffspec.lengths import Lengths
-from diffspec.percentiles import predict_distribution, states_for
+from diffspec.percentiles import states_for
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
 from diffspec.simulating import Engine, simulate
@@ -25,6 +27,7 @@ SERVER = RooflineStepTime(
     weight_read=6e-3, token_compute=4e-5, kv_read=6e-8, prefill_token=2e-5, draft=DraftCost(pass_base=5e-4)
 )
 MODEL = ServingModel(SERVER, first_token_steps=1.5)
+predict_distribution = jax.jit(percentiles.predict_distribution, static_argnames="states")
 
 
 def erlang_b(servers: int, offered: float) -> float:
@@ -179,7 +182,7 @@ def test_percentiles_against_the_simulator(cap, k, law, use, distribution):
     ]()
     scv = 1.5 if law == "lognormal" else 0.0
     config = Configuration(float(k), ConstantAcceptance(0.8), max_batch_size=float(cap))
-    rate = use * float(MODEL.predict(Workload(300.0, 120.0, arrival_rate=1.0), config).capacity)
+    rate = use * float(predict(MODEL, Workload(300.0, 120.0, arrival_rate=1.0), config).capacity)
     model = distribution(rate, float(cap), float(k), lengths)
     found = simulate(
         SERVER,
@@ -206,7 +209,7 @@ def test_percentiles_against_the_simulator(cap, k, law, use, distribution):
 def test_short_outputs_make_the_tail_of_the_time_per_token(cap, use, distribution):
     """p99 of tpot with geometric lengths and drafts: whether two tokens come in one step or in two is counted."""
     config = Configuration(4.0, ConstantAcceptance(0.8), max_batch_size=float(cap))
-    rate = use * float(MODEL.predict(Workload(300.0, 120.0, arrival_rate=1.0), config).capacity)
+    rate = use * float(predict(MODEL, Workload(300.0, 120.0, arrival_rate=1.0), config).capacity)
     engine = Engine(4, (0.8,) * 4, max_batch_size=cap)
     load = Workload(300.0, 120.0, arrival_rate=rate)
     found = simulate(SERVER, load, engine, n_requests=3000, replications=16, output_law="geometric")
@@ -275,7 +278,7 @@ def test_prompts_queue_for_the_token_budget(prompt, budget, k, rate):
     alone reads ttft up to 70 % low."""
     load = Workload(prompt, 120.0, arrival_rate=rate)
     config = Configuration(float(k), ConstantAcceptance(0.8), max_batched_tokens=float(budget))
-    told = MODEL.predict(load, config)
+    told = predict(MODEL, load, config)
     found = simulate(SERVER, load, Engine(k, (0.8,) * k, max_batched_tokens=budget), n_requests=1500, replications=8)
     chain = predict_distribution(MODEL, load, config, Lengths.fixed(), states=64)
     for by, e2e, ttft in (("mean", told.e2e_latency, told.ttft), ("chain", chain.e2e_mean, chain.ttft_mean)):
@@ -288,18 +291,18 @@ def test_prompts_queue_for_the_token_budget(prompt, budget, k, rate):
 @pytest.mark.parametrize(("prompt", "budget", "k"), [(2000.0, 256, 4), (300.0, 128, 0)])
 def test_a_token_budget_limits_the_capacity(prompt, budget, k):
     config = Configuration(float(k), ConstantAcceptance(0.8), max_batched_tokens=float(budget))
-    capacity = float(MODEL.predict(Workload(prompt, 120.0, arrival_rate=1.0), config).capacity)
+    capacity = float(predict(MODEL, Workload(prompt, 120.0, arrival_rate=1.0), config).capacity)
     assert capacity < 0.7 * float(
-        MODEL.predict(Workload(prompt, 120.0, arrival_rate=1.0), Configuration(float(k), config.acceptance)).capacity
+        predict(MODEL, Workload(prompt, 120.0, arrival_rate=1.0), Configuration(float(k), config.acceptance)).capacity
     )
     engine = Engine(k, (0.8,) * k, max_batched_tokens=budget)
     for use, full in ((0.85, False), (1.25, True)):
         load = Workload(prompt, 120.0, arrival_rate=use * capacity)
         assert simulate(SERVER, load, engine, n_requests=1500, replications=4).saturated == full
-    slope = jax.grad(lambda b: MODEL.predict(load, eqx.tree_at(lambda c: c.max_batched_tokens, config, b)).capacity)
+    slope = jax.grad(lambda b: predict(MODEL, load, eqx.tree_at(lambda c: c.max_batched_tokens, config, b)).capacity)
     step = 1e-3 * budget
     ends = [
-        float(MODEL.predict(load, eqx.tree_at(lambda c: c.max_batched_tokens, config, budget + s)).capacity)
+        float(predict(MODEL, load, eqx.tree_at(lambda c: c.max_batched_tokens, config, budget + s)).capacity)
         for s in (-step, step)
     ]
     assert float(slope(float(budget))) == pytest.approx((ends[1] - ends[0]) / (2 * step), rel=1e-3)
@@ -317,7 +320,7 @@ def test_a_closed_loop_under_a_token_budget(prompt, output, budget, k):
         load = Workload(prompt, output, concurrency=concurrency)
         engine = Engine(k, (0.8,) * k, max_batched_tokens=budget)
         found = simulate(SERVER, load, engine, n_requests=400, replications=4)
-        assert float(MODEL.predict(load, config).throughput) == pytest.approx(found.throughput.value, rel=tolerance)
+        assert float(predict(MODEL, load, config).throughput) == pytest.approx(found.throughput.value, rel=tolerance)
 
 
 @pytest.mark.parametrize(("prompt", "output", "use"), [(4000.0, 120.0, 0.6), (300.0, 120.0, 0.3), (8000.0, 4.0, 0.6)])
@@ -325,8 +328,8 @@ def test_prompts_wait_for_each_other_with_and_without_a_budget(prompt, output, u
     """Without a budget mean ttft is the simulator's within 5 % (a model whose prompts all fall into decode reads 15 to
     51 % low), and a budget that nobody meets changes nothing."""
     one = Workload(prompt, output, arrival_rate=1.0)
-    load = Workload(prompt, output, arrival_rate=use * float(MODEL.predict(one, Configuration()).capacity))
-    free, huge = (MODEL.predict(load, Configuration(max_batched_tokens=b)) for b in (None, 1e10))
+    load = Workload(prompt, output, arrival_rate=use * float(predict(MODEL, one, Configuration()).capacity))
+    free, huge = (predict(MODEL, load, Configuration(max_batched_tokens=b)) for b in (None, 1e10))
     found = simulate(SERVER, load, Engine(), n_requests=1500, replications=8).mean("ttft")
     assert found.relative < 0.06
     assert float(free.ttft) == pytest.approx(found.value, rel=0.05 + found.relative)
@@ -337,7 +340,7 @@ def test_prompts_wait_for_each_other_with_and_without_a_budget(prompt, output, u
 @pytest.mark.parametrize("hits", [0.5, 0.9])
 def test_prefix_hits_are_not_prefilled(hits):
     load = Workload(2000.0, 120.0, arrival_rate=5.0, prefix_hit_rate=hits)
-    told, cold = (MODEL.predict(w, Configuration()) for w in (load, Workload(2000.0, 120.0, arrival_rate=5.0)))
+    told, cold = (predict(MODEL, w, Configuration()) for w in (load, Workload(2000.0, 120.0, arrival_rate=5.0)))
     found = simulate(SERVER, load, Engine(prefix_hit_rate=hits), n_requests=1000, replications=8)
     assert float(told.e2e_latency) == pytest.approx(found.mean("e2e").value, rel=0.02)
     assert float(told.ttft) == pytest.approx(found.mean("ttft").value, rel=0.2)
@@ -347,7 +350,7 @@ def test_prefix_hits_are_not_prefilled(hits):
 def test_a_cap_far_above_the_batch_changes_nothing_under_a_budget():
     load = Workload(300.0, 120.0, arrival_rate=15.0)
     free, capped = (Configuration(max_batched_tokens=128.0, max_batch_size=cap) for cap in (None, 100.0))
-    told = [MODEL.predict(load, config) for config in (free, capped)]
+    told = [predict(MODEL, load, config) for config in (free, capped)]
     assert float(told[1].e2e_latency) == pytest.approx(float(told[0].e2e_latency), rel=1e-3)
     chain = [predict_distribution(MODEL, load, config, Lengths.fixed(), states=256) for config in (free, capped)]
     assert jnp.allclose(chain[0].ttft, chain[1].ttft, rtol=1e-2)

@@ -246,7 +246,7 @@ def _minimise_all(objective: Objective, data, targets, solver, progress) -> tupl
         moved = float(np.max(np.abs(fair - weights)))
         weights = fair
         if finite:
-            following = objective.shifted(solution.vector[solution.best])
+            following = objective.shifted(solution.vector[solution.best], solution.residuals[solution.best])
             moved = max(moved, float(np.max(np.abs(following.shift - objective.shift) * objective.used)))
             objective = following
         if moved == 0.0:

@@ -145,16 +145,24 @@ class Objective(eqx.Module):
         logs = logs + self.shift + (stands_in * bias)[:, None]
         return jnp.where(self.used > 0, logs - self.log_values, 0.0)
 
-    def shifted(self, vector) -> "Objective":
-        """The objective with finite runs as the fluid model has them at ``vector``."""
-        model = self.form.model(jnp.asarray(vector)[: len(self.form.paths)])
+    def shifted(self, vector, residuals=None) -> "Objective":
+        """The objective with finite runs as the fluid model has them at ``vector``. The ``residuals`` [targets, real
+        rows] of a solution there tell what the closed form predicts, which spares a program to compile."""
+        vector = np.asarray(vector)
+        model = self.form.model(jnp.asarray(vector[: len(self.form.paths)]))
 
         def logs(how):
             found = predict_blocks(dataclasses.replace(model, finite_runs=how), self.blocks)
             fields = [PREDICTED.get(column.split("_")[0], "throughput") for column in self.columns]
             return np.log([np.concatenate([getattr(block, field) for block in found]) for field in fields])
 
-        return dataclasses.replace(self, shift=jnp.asarray(logs("fluid") - logs("trapezoid")))
+        if residuals is None:
+            return dataclasses.replace(self, shift=jnp.asarray(logs("fluid") - logs("trapezoid")))
+        used, real = np.asarray(self.used) > 0, np.asarray(self.real) > 0
+        bias = [np.log(self.stand_in_ratios(vector).get(column, 1.0)) for column in self.columns]
+        closed = np.asarray(self.log_values - self.shift) - np.asarray(bias)[:, None]
+        closed[:, real] += residuals
+        return dataclasses.replace(self, shift=jnp.asarray(np.where(used, logs("fluid") - closed, 0.0)))
 
     def stand_in_ratios(self, vector) -> dict[str, float]:
         """Fitted ratio of each median that stands in for a mean, to the mean."""

@@ -48,28 +48,27 @@ def relaxed_draft_lengths(
 
     def lagrangian(length, multipliers, workload):
         prediction = serving.predict(workload, at_draft_length(config, length))
-        excess = constraints(prediction)
+        excess, value = constraints(prediction), cost(prediction, objective)
         penalty = (jnp.maximum(multipliers + WEIGHT * excess, 0.0) ** 2 - multipliers**2) / (2.0 * WEIGHT)
-        return cost(prediction, objective) + jnp.sum(penalty), excess
+        return value + jnp.sum(penalty), (excess, value + 1e3 * jnp.sum(jnp.maximum(excess, 0.0)))
 
     optimiser = optax.adam(optax.cosine_decay_schedule(0.35, ROUNDS * STEPS, 0.02))
 
     def solve(start, workload):
         def step(index, carry):
-            length, state, multipliers = carry
-            (_, excess), slope = jax.value_and_grad(lagrangian, has_aux=True)(length, multipliers, workload)
+            length, state, multipliers, _ = carry
+            (_, (excess, merit)), slope = jax.value_and_grad(lagrangian, has_aux=True)(length, multipliers, workload)
             with jax.numpy_dtype_promotion("standard"):
                 update, state = optimiser.update(slope, state)
-            length = jnp.clip(length + update, 1.0, float(longest))
+            moved = jnp.clip(length + update, 1.0, float(longest))
             last_of_round = (index + 1) % STEPS == 0
             raised = jnp.maximum(multipliers + WEIGHT * excess, 0.0)
-            return length, state, jnp.where(last_of_round, raised, multipliers)
+            still = index == ROUNDS * STEPS  # one more evaluation for the merit, rather than one more program
+            return jnp.where(still, length, moved), state, jnp.where(last_of_round, raised, multipliers), merit
 
         zeros = jnp.zeros(len(limits) + 1, dtype=start.dtype)
-        carry = (start, optimiser.init(start), zeros)
-        length, _, _ = jax.lax.fori_loop(0, ROUNDS * STEPS, step, carry)
-        prediction = serving.predict(workload, at_draft_length(config, length))
-        merit = cost(prediction, objective) + 1e3 * jnp.sum(jnp.maximum(constraints(prediction), 0.0))
+        carry = (start, optimiser.init(start), zeros, jnp.zeros_like(start))
+        length, _, _, merit = jax.lax.fori_loop(0, ROUNDS * STEPS + 1, step, carry)
         return length, merit
 
     def best_start(workload):
