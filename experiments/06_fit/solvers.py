@@ -4,10 +4,10 @@
 
 The problem: rows of a table of data/ and one form, a Student t log likelihood plus the priors. diffspec fits costs and
 noise together from eight starts side by side, with derivatives by forward sweeps. scipy gets the same compiled model,
-one start after the other, with two-point differences: `minimize` (BFGS) the same problem; `least_squares` and `curve_fit`
-(Levenberg-Marquardt) an easier one, the costs alone with the noise held where diffspec found it, as pseudo-residuals
-whose half sum of squares is the loss. Times are without compilation, which is told apart; medians of alternating runs.
-Writes solvers.json and solvers.md.
+one start after the other, with two-point differences: `minimize` (BFGS) the same problem; `least_squares` and
+`curve_fit` (Levenberg-Marquardt) an easier one, the costs alone with the noise held where diffspec found it, as
+pseudo-residuals whose half sum of squares is the loss. Times are without compilation, which is told apart; medians of
+alternating runs. Writes solvers.json and solvers.md.
 """
 
 import dataclasses
