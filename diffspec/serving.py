@@ -243,8 +243,9 @@ class ServingModel(eqx.Module):
         return self._wait_of_run(workload, 1.0, 1.0 / service, wait)
 
     def _wait_of_run(self, workload: Workload, places, capacity, stationary, service_scv=0.0, length_scv=0.0):
+        n_requests = jnp.asarray(workload.n_requests, dtype=float)
         waiting = wait_of_finite_run(
-            workload.n_requests,  # type: ignore[arg-type]
+            n_requests,
             places,
             workload.arrival_rate,  # type: ignore[arg-type]
             capacity,
@@ -253,7 +254,7 @@ class ServingModel(eqx.Module):
             length_scv=length_scv,
             stationary=stationary,
         )
-        return waiting if stationary is None else jnp.where(workload.n_requests >= ENDLESS, stationary, waiting)
+        return waiting if stationary is None else jnp.where(n_requests >= ENDLESS, stationary, waiting)
 
     def within_budget(self, workload: Workload, config: Configuration) -> tuple[RequestCost, Scalar | None]:
         """The cost of a request, and the largest batch [req] in service or None: by batch size, KV memory, and the
