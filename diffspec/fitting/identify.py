@@ -32,7 +32,7 @@ def untold_directions(form: Form, information: np.ndarray, facts: dict[str, Any]
         return f"{path.removeprefix('step_time.')} ({infos[path].meaning})"
 
     def entry(loadings: dict[str, float], value: float, words: str) -> dict[str, Any]:
-        reason = next((why for path in loadings if (why := _reason(path, facts))), "")
+        reason = ", ".join(dict.fromkeys(why for path in loadings if (why := _reason(path, facts))))
         width = float(1.0 / np.sqrt(1.0 + max(value, 0.0)))
         return {"parameters": loadings, "width": width, "words": words + (f": {reason}" if reason else "")}
 
