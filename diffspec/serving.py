@@ -102,15 +102,17 @@ class ServingModel(eqx.Module):
             sync, waiting = 0.0, self._waiting(workload, request, state, batch_cap(workload, config))
             if workload.n_requests is not None and self.finite_runs == "fluid":
                 state = self._finite_run(workload, request, state, cap)
+            times = self._times(request, state.batch_seen)
             if config.max_batched_tokens is not None:  # of that wait the residence holds the others' prefill
-                beyond = self._prompt_wait(workload, request, state) - self._foreign_prefill(request, state, sync)[1]
-                waiting = waiting + jnp.maximum(beyond, 0.0)
+                _, met = self._foreign_prefill(request, state, times, sync)
+                waiting = waiting + jnp.maximum(self._prompt_wait(workload, request, state) - met, 0.0)
         else:
             state = solve_closed_loop(residence, workload.concurrency, max_batch_size=cap)  # type: ignore[arg-type]
             in_flight = jnp.asarray(workload.concurrency, dtype=float)
             waiting = jnp.maximum(in_flight - state.effective_batch_size, 0.0) / state.throughput
             sync = self.closed_loop_sync / (1.0 + request.spread / self.sync_spread)
-        return self._assemble(workload, request, state, sync, waiting)
+            times = self._times(request, state.batch_seen)
+        return self._assemble(workload, request, state, times, sync, waiting)
 
     def compare(self, workload: Workload, config: Configuration) -> Comparison:
         """Predict ``config`` and the same server without speculation; speedup and break-even arrival rate."""
@@ -219,14 +221,14 @@ class ServingModel(eqx.Module):
             return jnp.zeros_like(full) if waiting is None else waiting
         return self._wait_of_run(workload, cap, cap / full, waiting, service_scv, spread)
 
-    def _foreign_prefill(self, request: RequestCost, state: SteadyState, sync):
+    def _foreign_prefill(self, request: RequestCost, state: SteadyState, times, sync):
         """The prefill of others' prompts [s] that a request pays, and how much of it before its first token.
 
         Others' prompts fall evenly on the time of a request, its own prefill counting for (1/2 + rho)/(1 + rho) of
         itself, rho = foreign/residence: the prompts of a step end together, behind those of the step under way (gated
         service: ttft = p + s + (1/2 + rho)*(s/(1-rho) + p*rho/(1-rho^2)) at a step s). Synchrony makes it sync/2.
         """
-        _, parts, others, shared_steps = self._times(request, state.batch_seen)
+        _, parts, others, shared_steps = times
         foreign = request.prefill * self.prefill_interference * others
         load = jnp.clip(foreign / state.residence_time, 0.0, 1.0)
         joining = shared_steps * parts.total
@@ -317,10 +319,10 @@ class ServingModel(eqx.Module):
         ends = ~endless & (steady.result == RESULTS.saturated)
         return replace(state, result=RESULTS.where(ends, RESULTS.successful, steady.result))
 
-    def _assemble(self, workload, request: RequestCost, state: SteadyState, sync, waiting) -> Prediction:
-        residence, parts, others, shared_steps = self._times(request, state.batch_seen)
+    def _assemble(self, workload, request: RequestCost, state: SteadyState, times, sync, waiting) -> Prediction:
+        residence, parts, others, shared_steps = times
         alone = request.step_parts(jnp.full_like(others, self.self_share))
-        foreign_prefill, in_ttft = self._foreign_prefill(request, state, sync)
+        foreign_prefill, in_ttft = self._foreign_prefill(request, state, times, sync)
         ttft = waiting + self.request_overhead + request.prefill + in_ttft + shared_steps * parts.total
         decode = request.steps * parts.total + foreign_prefill - in_ttft
         e2e = waiting + residence

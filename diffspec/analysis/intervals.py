@@ -61,8 +61,8 @@ def _predicted(models: ServingModel, workload: Workload, config: Configuration, 
 
 def _breakeven_rates(models, workload: Workload, config: Configuration, most: np.ndarray) -> np.ndarray:
     """Each draw's smallest arrival rate [req/s] below ``most`` at which both arms are equally fast, infinite where
-    none is (:meth:`ServingModel.breakeven_rate`): scanned, then interpolated in a bracket that narrows."""
-
+    none is (:meth:`ServingModel.breakeven_rate`): scanned, then interpolated in a bracket that narrows. By the program
+    of :func:`_predict_draws`, which is compiled already."""
     load = dataclasses.replace(workload, arrival_rate=np.asarray(1.0), concurrency=None, n_requests=None)
 
     def gaps(rates):
@@ -70,15 +70,11 @@ def _breakeven_rates(models, workload: Workload, config: Configuration, most: np
         return np.log(latency[:, 0] / latency[:, 1])
 
     rates = np.linspace(1e-6, 0.998, _SCAN)[:, None] * most
-    found = np.stack([gaps(each) for each in rates])
+    found = np.stack([gaps(row) for row in rates])
     changed = np.sign(found[1:]) != np.sign(found[:-1])
     first, draws = np.argmax(changed, axis=0), np.arange(most.size)
-    low, high, at_low, at_high = (
-        rates[first, draws],
-        rates[first + 1, draws],
-        found[first, draws],
-        found[first + 1, draws],
-    )
+    low, high = rates[first, draws], rates[first + 1, draws]
+    at_low, at_high = found[first, draws], found[first + 1, draws]
 
     def between():
         steep = np.where(at_low == at_high, 1.0, at_low - at_high)

@@ -193,8 +193,8 @@ def row_predictions(deployment: FittedDeployment, scored: Scored) -> list[dict[s
             "source_file": line["source_file"],
             "source_row": int(line["source_row"]),
         }
-        told.append(place | asked | {"saturated": saturated, **deployment.hull(asked["draft_length"], asked)})
-        told[-1]["metrics"] = metrics
+        hull = deployment.hull(asked["draft_length"], asked)
+        told.append(place | asked | {"saturated": saturated} | hull | {"metrics": metrics})
     return told
 
 
