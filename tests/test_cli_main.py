@@ -6,13 +6,15 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import jax.numpy as jnp
 import pytest
+from typer.models import OptionInfo
 
 from diffspec.acceptance import MeasuredAcceptance
 from diffspec.cli import main, prepare
+from diffspec.cli.app import app
 from diffspec.cli.options import parse_loads
 from diffspec.fitting.deployment import FittedDeployment, FittedModel
 from diffspec.fitting.forms import Scales, build_form
@@ -213,3 +215,16 @@ def test_loads(text, loads):
 def test_bad_loads(text):
     with pytest.raises(InputError, match=r"--arrival-rate: got .*allowed"):
         parse_loads(text, "--arrival-rate")
+
+
+def test_every_option_is_declared_by_name():
+    """Typer 0.27 derives no name for an option that states only a metavar, and then refuses `--url` and the like."""
+    nameless = [
+        f"{command.name} {name}"
+        for command in app.registered_commands
+        if command.callback
+        for name, hint in get_type_hints(command.callback, include_extras=True).items()
+        for extra in getattr(hint, "__metadata__", ())
+        if isinstance(extra, OptionInfo) and not str(extra.default).startswith("--")  # where Annotated keeps it
+    ]
+    assert not nameless

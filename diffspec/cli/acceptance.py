@@ -17,6 +17,7 @@ def command(
     by: Annotated[
         str | None,
         typer.Option(
+            "--by",
             metavar="LIST",
             help="Split by workload, task, temperature, deployment, run, draft_length, output_position.",
         ),

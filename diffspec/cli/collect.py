@@ -13,10 +13,16 @@ def command(
     plan: Annotated[
         Path | None, typer.Argument(metavar="PLAN.YAML", help="What to measure; --template prints one.")
     ] = None,
-    url: Annotated[str | None, typer.Option(metavar="URL", help="The server, such as http://127.0.0.1:8000.")] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", metavar="URL", help="The server, such as http://127.0.0.1:8000.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="Where the trace goes.")] = None,
-    max_rate: Annotated[float | None, typer.Option(metavar="R", help="Never more than this many req/s.")] = None,
-    max_requests: Annotated[int | None, typer.Option(metavar="N", help="Never more than this many requests.")] = None,
+    max_rate: Annotated[
+        float | None, typer.Option("--max-rate", metavar="R", help="Never more than this many req/s.")
+    ] = None,
+    max_requests: Annotated[
+        int | None, typer.Option("--max-requests", metavar="N", help="Never more than this many requests.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cells and how long they take; send nothing.")] = (
         False
     ),

@@ -18,10 +18,12 @@ def _span(name: str, what: str):
 
 def command(
     model: ModelPath,
-    budget: Annotated[int, typer.Option(metavar="N", help="How many runs.")] = 6,
+    budget: Annotated[int, typer.Option("--budget", metavar="N", help="How many runs.")] = 6,
     criterion: Annotated[
         str,
-        typer.Option(help="What is to become surer: predictions, parameters, or decision (the best draft length)."),
+        typer.Option(
+            "--criterion", help="What is to become surer: predictions, parameters, or decision (the best draft length)."
+        ),
     ] = "predictions",
     arrival_rate: Annotated[str | None, _span("--arrival-rate", "Open loop, req/s.")] = None,
     concurrency: Annotated[str | None, _span("--concurrency", "Closed loop, requests in flight.")] = None,
@@ -30,32 +32,46 @@ def command(
     output_length: Annotated[str | None, _span("--output-length", "Mean output tokens.")] = None,
     max_draft_length: Annotated[
         int | None,
-        typer.Option(metavar="K", rich_help_panel=_RUNS, help="Longest draft to ask and run, measured before or not."),
+        typer.Option(
+            "--max-draft-length",
+            metavar="K",
+            rich_help_panel=_RUNS,
+            help="Longest draft to ask and run, measured before or not.",
+        ),
     ] = None,
     max_rate: Annotated[
-        float | None, typer.Option(metavar="R", rich_help_panel=_RUNS, help="No run above this many req/s.")
+        float | None,
+        typer.Option("--max-rate", metavar="R", rich_help_panel=_RUNS, help="No run above this many req/s."),
     ] = None,
     max_utilization: Annotated[
-        float, typer.Option(metavar="U", rich_help_panel=_RUNS, help="No open loop above this share of capacity.")
+        float,
+        typer.Option(
+            "--max-utilization", metavar="U", rich_help_panel=_RUNS, help="No open loop above this share of capacity."
+        ),
     ] = 0.8,
     requests: Annotated[
-        int, typer.Option(metavar="N", rich_help_panel=_RUNS, help="Requests that each run measures.")
+        int, typer.Option("--requests", metavar="N", rich_help_panel=_RUNS, help="Requests that each run measures.")
     ] = 200,
     acceptance_rate: Annotated[
-        float | None, typer.Option(metavar="A", help="In place of the measured acceptance, 0 to 1.")
+        float | None,
+        typer.Option("--acceptance-rate", metavar="A", help="In place of the measured acceptance, 0 to 1."),
     ] = None,
     acceptance: Annotated[
-        Path | None, typer.Option(metavar="CURVE.JSON", help="The same, a curve that 'diffspec acceptance' wrote.")
+        Path | None,
+        typer.Option("--acceptance", metavar="CURVE.JSON", help="The same, a curve that 'diffspec acceptance' wrote."),
     ] = None,
     deployment: Annotated[
-        str | None, typer.Option(metavar="D", help="Which deployment, where the model has several.")
+        str | None, typer.Option("--deployment", metavar="D", help="Which deployment, where the model has several.")
     ] = None,
     plan: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.YAML", help="Write a 'diffspec collect' plan; FILE-k4.yaml for each draft length."),
+        typer.Option(
+            "--plan", metavar="FILE.YAML", help="Write a 'diffspec collect' plan; FILE-k4.yaml for each draft length."
+        ),
     ] = None,
     sweep: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write parameter files for 'vllm bench sweep serve'.")
+        Path | None,
+        typer.Option("--sweep", metavar="FOLDER", help="Write parameter files for 'vllm bench sweep serve'."),
     ] = None,
     as_json: AsJson = False,
     out: Out = None,

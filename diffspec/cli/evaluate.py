@@ -13,7 +13,8 @@ def command(
     model: ModelPath,
     traces: TracePaths,
     where: Annotated[
-        str | None, typer.Option(metavar="FILTER", help='Only the rows that match, such as "concurrency==32".')
+        str | None,
+        typer.Option("--where", metavar="FILTER", help='Only the rows that match, such as "concurrency==32".'),
     ] = None,
     all_rows: AllRows = False,
     plot: PlotPath = None,

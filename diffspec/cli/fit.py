@@ -28,19 +28,32 @@ def command(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="MODEL.JSON", help="Where to write the model.")] = None,
     step_time: Annotated[
-        str, typer.Option(metavar="FORM", help="affine, roofline, or auto: the smaller cross-validated error.")
+        str,
+        typer.Option(
+            "--step-time", metavar="FORM", help="affine, roofline, or auto: the smaller cross-validated error."
+        ),
     ] = "auto",
     holdout: Annotated[
-        str | None, typer.Option(metavar="FILTER", help='Rows to leave out and score, such as "draft_length==3".')
+        str | None,
+        typer.Option("--holdout", metavar="FILTER", help='Rows to leave out and score, such as "draft_length==3".'),
     ] = None,
     observables: Annotated[
-        str | None, typer.Option(metavar="LIST", help="What to fit, such as ttft,itl; default: what is there.")
+        str | None,
+        typer.Option("--observables", metavar="LIST", help="What to fit, such as ttft,itl; default: what is there."),
     ] = None,
     solver: Annotated[
-        str, typer.Option(metavar="NAME", help="gauss-newton, or Optax's lbfgs or adam (slower, for comparison).")
+        str,
+        typer.Option(
+            "--solver", metavar="NAME", help="gauss-newton, or Optax's lbfgs or adam (slower, for comparison)."
+        ),
     ] = "gauss-newton",
     uncertainty: Annotated[
-        str, typer.Option(metavar="NAME", help="randomised (draws that fit scattered rows), or laplace (quick, rough).")
+        str,
+        typer.Option(
+            "--uncertainty",
+            metavar="NAME",
+            help="randomised (draws that fit scattered rows), or laplace (quick, rough).",
+        ),
     ] = "randomised",
     assignments: Assignments = None,
     identity: Identity = None,
@@ -49,24 +62,34 @@ def command(
     ] = False,
     acceptance: Annotated[
         Path | None,
-        typer.Option(metavar="CURVE.JSON", help="Acceptance of rows that tell none, from 'diffspec acceptance'."),
+        typer.Option(
+            "--acceptance", metavar="CURVE.JSON", help="Acceptance of rows that tell none, from 'diffspec acceptance'."
+        ),
     ] = None,
     all_rows: AllRows = False,
     pool: Annotated[
         str | None,
         typer.Option(
-            metavar="COLUMN", help="hardware, verifier, engine or all: deployments with few rows learn from siblings."
+            "--pool",
+            metavar="COLUMN",
+            help="hardware, verifier, engine or all: deployments with few rows learn from siblings.",
         ),
     ] = None,
     prior: Annotated[
-        Path | None, typer.Option(metavar="MODEL.JSON", help="A model whose deployments are siblings of these.")
+        Path | None,
+        typer.Option("--prior", metavar="MODEL.JSON", help="A model whose deployments are siblings of these."),
     ] = None,
     update: Annotated[
-        Path | None, typer.Option(metavar="MODEL.JSON", help="Take the rows into this model, and tell what changed.")
+        Path | None,
+        typer.Option("--update", metavar="MODEL.JSON", help="Take the rows into this model, and tell what changed."),
     ] = None,
     forgetting: Annotated[
         float | None,
-        typer.Option(metavar="F", help="With --update: what old rows keep of their say per new row; default 0.98."),
+        typer.Option(
+            "--forgetting",
+            metavar="F",
+            help="With --update: what old rows keep of their say per new row; default 0.98.",
+        ),
     ] = None,
     verifier: Verifier = None,
     drafter: Drafter = None,

@@ -22,14 +22,17 @@ from diffspec.cli.subject import SubjectOptions
 def command(
     subject: SubjectOptions,
     asked: WorkloadOptions,
-    max_draft_length: Annotated[int, typer.Option(metavar="K", help="Longest draft to consider.")] = 8,
+    max_draft_length: Annotated[
+        int, typer.Option("--max-draft-length", metavar="K", help="Longest draft to consider.")
+    ] = 8,
     slo: Annotated[
         list[str] | None, typer.Option("--slo", metavar='"METRIC<X"', help="A limit in s or req/s; repeat for more.")
     ] = None,
-    objective: Annotated[str, typer.Option(metavar="METRIC", help="What to make small.")] = "e2e_mean",
+    objective: Annotated[str, typer.Option("--objective", metavar="METRIC", help="What to make small.")] = "e2e_mean",
     capture_sizes: Annotated[
         str | None,
         typer.Option(
+            "--capture-sizes",
             metavar="1,2,4,8",
             help="Token counts that the engine pads a step to (CUDA graphs), to score choices on; 'vllm': its own.",
         ),

@@ -22,7 +22,9 @@ def command(
     subject: SubjectOptions,
     asked: WorkloadOptions,
     draft_length: DraftLength,
-    metric: Annotated[str, typer.Option(help="What to explain, such as e2e_mean, ttft_mean, throughput.")] = "e2e_mean",
+    metric: Annotated[
+        str, typer.Option("--metric", help="What to explain, such as e2e_mean, ttft_mean, throughput.")
+    ] = "e2e_mean",
     plot: PlotPath = None,
     as_json: AsJson = False,
     out: Out = None,
