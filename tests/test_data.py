@@ -21,6 +21,7 @@ FILES = {
 
 TABLES = [name for name in FILES if name.endswith(".csv")]
 MEASURED = "vllm_cpu_steady.csv"
+WINDOWED = (MEASURED, "vllm_h200.csv", "instrument_h200.csv")
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -50,9 +51,9 @@ def test_every_column_is_described(name):
 @pytest.mark.parametrize("name", TABLES)
 def test_what_the_readme_says_of_the_rows(name):
     for row in read(name):
-        assert bool(row["arrival_rate"]) != bool(row["concurrency"]), row["run"]
+        assert bool(row["arrival_rate"]) != bool(row.get("concurrency")), row["run"]
         assert row["failed"] == "0", row["run"]
-        if name == MEASURED:
+        if name in WINDOWED:
             continue
         # The batch size is derived, so Little's law holds here by construction and checks nothing.
         derived = float(row["throughput"]) * float(row["e2e_mean"])
@@ -96,9 +97,10 @@ def test_the_steady_table_obeys_littles_law():
         assert 0.96 <= float(row["effective_batch_size"]) / float(row["concurrency"]) <= 1.0001, row["run"]
 
 
-def test_the_requests_are_those_of_the_steady_table():
-    table = read_trace(DATA / MEASURED).frame.set_index("run")
-    again = read_trace(DATA / "vllm_cpu_steady_requests.parquet").frame.set_index("run")
+@pytest.mark.parametrize("name", WINDOWED)
+def test_the_requests_are_those_of_the_table(name):
+    table = read_trace(DATA / name).frame.set_index("run")
+    again = read_trace(DATA / name.replace(".csv", "_requests.parquet")).frame.set_index("run")
     assert set(again.index) == set(table.index)
     again = again.loc[table.index]
     for name in ("ttft_mean", "tpot_mean", "e2e_mean", "e2e_p95"):
@@ -123,12 +125,36 @@ def test_the_imposed_acceptance_was_met():
     assert checked > 100
 
 
-def test_rows_of_the_steady_table_that_are_set_aside():
-    frame = read_trace(DATA / MEASURED).frame
-    aside = {run for run, reason in zip(frame["run"], set_aside_reasons(frame), strict=True) if reason is not None}
-    stated = re.search(r"Set aside[^:]*: ([^.]*)\.", README[README.index("**Set aside in the steady table") :])
+def aside(name: str) -> set[str]:
+    frame = read_trace(DATA / name).frame
+    return {run for run, reason in zip(frame["run"], set_aside_reasons(frame), strict=True) if reason is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [(MEASURED, "the steady table"), ("instrument_h200.csv", "the serving loop's table")]
+)
+def test_rows_that_are_set_aside(name, words):
+    stated = re.search(r"Set aside[^:]*: ([^.]*)\.", README[README.index(f"**Set aside in {words}") :])
     assert stated is not None
-    assert aside == set(re.findall(r"`([\w.]+)`", stated.group(1)))
+    assert aside(name) == set(re.findall(r"`([\w.]+)`", stated.group(1)))
+
+
+def test_the_h200_tables_obey_littles_law_and_met_their_acceptance():
+    """The integrated batch against throughput*e2e; acceptance to four standard errors of independent steps."""
+    assert aside("vllm_h200.csv") == set()
+    for name in ("vllm_h200.csv", "instrument_h200.csv"):
+        for row in read(name):
+            if row["run"] not in aside(name):
+                derived = float(row["throughput"]) * float(row["e2e_mean"])
+                assert float(row["effective_batch_size"]) == pytest.approx(derived, rel=0.2, abs=1.0), row["run"]
+            if row["draft_length"] == "0":
+                assert row["position_acceptance"] == ""
+                continue
+            steps = float(row["n_requests"]) * (float(row["output_length"]) - 1) / float(row["tokens_per_step"])
+            wanted = int(re.findall(r"_a(\d+)_", row["run"])[0]) / 100
+            for measured in map(float, row["position_acceptance"].split(";")):
+                assert abs(measured - wanted) < 4 * (wanted * (1 - wanted) / steps) ** 0.5, row["run"]
+                steps *= wanted
 
 
 def test_spread_of_the_repeats_of_the_steady_table():

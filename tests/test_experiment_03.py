@@ -347,6 +347,7 @@ def test_tables_are_diffspecs_own(tmp_path):
         "tpot_mean",
         "itl_mean",
         "effective_batch_size",
+        "offered_rate",
         "throughput",
         "waiting_mean",
     ):
@@ -795,3 +796,18 @@ def test_vllm_plans_are_what_collect_takes(vllm_driver, tmp_path):
         plan = plan_text.read_plan(path.read_text(), str(path), url="http://127.0.0.1:8011", max_rate=9.0)
         assert [cell.arrival_rate for cell in plan.cells()] == [2.0, 9.0]
         assert plan.identity["draft_length"] in (0, 5)
+
+
+# --- what was measured ------------------------------------------------------------------------------------------------
+
+
+def test_the_data_sheet_tells_a_step_of_the_h200(monkeypatch):
+    """192 measured steps of an 8B verifier against dimensions and data sheet, nothing fitted to them."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import findings
+
+    told = findings.before_any_trace()["dense-8b, verifying"]
+    assert told["cells"] == 192
+    assert told["error"] < 0.06  # findings.md: 4.6 %
+    assert told["inside 90 %"] >= 0.9
+    assert told["by region"]["at most 64 tokens in the step"] < told["by region"]["more"]

@@ -251,9 +251,10 @@ def _agree(plan: Plan, row: dict[str, Any]) -> None:
 
 
 def _replaced(plan: Plan, row: dict[str, Any]) -> list[str]:
-    """A line for every value that the server told and the plan's identity replaces. Raises `NoResultError` for what was
-    measured, and for a method that contradicts the drafts counted."""
-    stated = {name: value for name, value in plan.identity.items() if name != "deployment" and value is not None}
+    """A line for every value that the server told and the plan's identity replaces; names are the plan's to give.
+    Raises `NoResultError` for what was measured, and for a method that contradicts the drafts counted."""
+    names = ("deployment", "run", "verifier")
+    stated = {name: value for name, value in plan.identity.items() if name not in names and value is not None}
     measured = [name for name in stated if name in ("tokens_per_step", "position_acceptance") and name in row]
     if measured:
         raise NoResultError(f"the plan's identity states {', '.join(measured)}, which the engine counts; leave it out")

@@ -90,7 +90,16 @@ POINT_COLUMNS = (
     *("max_batched_tokens", "kv_capacity_tokens", "prompt_length", "output_length", "prompt_scv", "output_scv"),
     *("tokens_per_step", "acceptance_rate", "position_acceptance", "n_requests", "failed", "throughput"),
     *(f"{metric}_{statistic}" for metric in ("ttft", "itl", "tpot", "e2e") for statistic in STATISTICS),
-    *("effective_batch_size", "waiting_mean", "imposed_acceptance", "load_fraction", "seed", "device_seconds"),
+    *(
+        "window",
+        "offered_rate",
+        "effective_batch_size",
+        "waiting_mean",
+        "imposed_acceptance",
+        "load_fraction",
+        "seed",
+        "device_seconds",
+    ),
 )
 STEP_COLUMNS = ("run", "decoding", "prompt_tokens", "steps", "step_time_mean_s", "cached_tokens_mean")
 
@@ -188,7 +197,7 @@ def operating_point(run: Run, load: Load, settings: Settings) -> dict[str, Any]:
     )
 
 
-def _over_window(run: Run, start: float, end: float) -> dict[str, float]:
+def _over_window(run: Run, start: float, end: float) -> dict[str, Any]:
     if end <= start:
         return {}
     arrival, schedule, completion = (
@@ -200,7 +209,10 @@ def _over_window(run: Run, start: float, end: float) -> dict[str, float]:
         ended = np.where(np.isnan(ended), np.inf, ended)
         return float(np.clip(np.minimum(ended, end) - np.maximum(begun, start), 0.0, None).sum() / (end - start))
 
+    measured = sum(each.measured for each in run.requests)
     return {
+        "window": "steady",  # load went on before and after
+        "offered_rate": measured / (end - start),
         "throughput": float(np.sum((completion >= start) & (completion <= end)) / (end - start)),
         "effective_batch_size": mean_number(arrival, completion),
         "waiting_mean": mean_number(arrival, schedule),
