@@ -811,3 +811,31 @@ def test_the_data_sheet_tells_a_step_of_the_h200(monkeypatch):
     assert told["error"] < 0.06  # findings.md: 4.6 %
     assert told["inside 90 %"] >= 0.9
     assert told["by region"]["at most 64 tokens in the step"] < told["by region"]["more"]
+
+
+@pytest.mark.parametrize("chunk", [256, 512])
+def test_decoding_requests_pay_what_the_roofline_leaves_of_a_prompt(chunk, monkeypatch):
+    """Steps with and without prompt tokens in the serving loop's run, at 20 to 30 decoding requests, against the share
+    that first principles give; without that share the chunk would cost 1.5 times as much or more."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import findings
+
+    from diffspec.fitting.principles import serving_model
+
+    with (FOLDER / "results" / "part2_steps.csv").open(newline="", encoding="utf-8") as file:
+        rows = [
+            row for row in csv.DictReader(file) if row["run"].startswith("k0_") and 20 <= int(row["decoding"]) <= 30
+        ]
+
+    def mean(prompt_tokens):
+        chosen = [row for row in rows if int(row["prompt_tokens"]) == prompt_tokens]
+        steps = [int(row["steps"]) for row in chosen]
+        assert sum(steps) >= 10
+        return np.average([float(row["step_time_mean_s"]) for row in chosen], weights=steps)
+
+    pair = findings.FirstPrinciples(findings.LLAMA_8B, findings.accelerator("h200"), prompt_length=float(chunk))
+    model = serving_model(pair)
+    alone = float(model.step_time.prefill_token) * chunk
+    paid = mean(chunk) - mean(0)
+    assert float(model.prefill_interference) * alone == pytest.approx(paid, rel=0.2)
+    assert alone > 1.4 * paid

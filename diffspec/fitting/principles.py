@@ -15,6 +15,7 @@ from diffspec.parameters import get_parameters, set_parameters
 from diffspec.resources import MemoryPlan, memory_plan
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
+from diffspec.step_time import RooflineStepTime, smooth_maximum
 
 KEY = "first_principles"
 """Where a fitted deployment's ``defaults`` keep the pair, its hardware and the efficiency factors."""
@@ -23,6 +24,8 @@ TRANSFER_SPREAD = {"memory": 0.2, "compute": 0.3, "overhead": 0.3}
 widened (from 0.12 and 0.25) after transfers of gpt-oss-120b between pairs of GPUs (experiments/05_transfer)."""
 SERVING_SPREAD = {"prefill_interference": 0.3, "first_token_steps": 0.7, "closed_loop_sync": 1.0, "sync_spread": 1.0}
 """Standard deviation (log, logit) of what first principles do not know of how requests share an engine: judgement."""
+CHUNK = 2048.0
+"""Prompt tokens that engines read beside decoding requests in a step, by default (vLLM: max_num_batched_tokens)."""
 CLOSED_LOOP_SYNC = 0.35
 """Between a fixed-length run on a CPU (1: requests that finish together start together) and two public GPU runs (0.12:
 Llama-3.1-70B and gpt-oss-120b, 2x H200, experiments/05_transfer)."""
@@ -67,11 +70,21 @@ def known(pair: FirstPrinciples) -> dict[str, Any]:
 
 def serving_model(pair: FirstPrinciples, efficiency: Efficiency | None = None) -> ServingModel:
     """Serving model of a pair on its hardware, before any trace."""
+    step_time = pair.step_time(efficiency)
     return ServingModel(
-        pair.step_time(efficiency),
+        step_time,
         request_overhead=pair.request_overhead(efficiency),
+        prefill_interference=_interference(step_time, min(pair.prompt_length, CHUNK)),
         closed_loop_sync=CLOSED_LOOP_SYNC,
     )
+
+
+def _interference(step_time: RooflineStepTime, chunk: float):
+    """Share of a prompt's computation that those who decode beside it pay [1]: the step reads the shared weights
+    anyway, and a part of the computation hides behind that: (roofline(weights, compute) - weights)/compute, for
+    ``chunk`` tokens. An H200 bears it out (tests/test_experiment_03.py)."""
+    weights, compute = step_time.weight_read, step_time.prefill_token * chunk
+    return (smooth_maximum(weights, compute, step_time.sharpness) - weights) / compute
 
 
 def prior_draws(pair: FirstPrinciples, count: int) -> ServingModel:
@@ -107,6 +120,7 @@ def started(form: Form, pair: FirstPrinciples) -> Form:
     told = known_costs(pair)
     known = {path: value for path, value in told.items() if path in form.paths}
     known["step_time.inefficiency"] = 1e-4  # first principles know the cost of many tokens
+    known["prefill_interference"] = float(serving_model(pair).prefill_interference)
     centres = {path: jnp.asarray(float(value)) for path, value in known.items()}
     spread = [
         START_SPREAD.get(_BOUND.get(path, ""), float(sd)) if path in told else float(sd)
