@@ -46,6 +46,20 @@ DIGITALOCEAN = {
 CLOCK = time.monotonic()
 
 
+class Plan(NamedTuple):
+    """One table: its title, rows, what is scored, the splits, the published forms, diffspec's forms, whether `auto` is
+    one of them, and whether in every fold."""
+
+    title: str
+    trace: diffspec.Trace
+    metric: str
+    splits: dict[str, list["Fold"]]
+    forms: tuple[str, ...]
+    ours: tuple[str, ...]
+    auto: bool = False
+    folded_auto: bool = False
+
+
 class Fold(NamedTuple):
     """Which rows are fitted and which are scored."""
 
@@ -135,7 +149,7 @@ def score_baseline(fitted: baselines.Fitted, trace: diffspec.Trace, test: np.nda
     }
 
 
-def study(title, trace, metric, splits, forms, ours, auto, folded_auto=False) -> list[dict]:
+def study(title, trace, metric, splits, forms, ours, auto=False, folded_auto=False) -> list[dict]:
     """Scores of every method on every split of one deployment's rows: entries for `tables.error_table`."""
     models: dict[tuple, object] = {}
 
@@ -187,13 +201,13 @@ def study(title, trace, metric, splits, forms, ours, auto, folded_auto=False) ->
     return entries
 
 
-def cpu_studies(data: Path, options) -> Iterator[list[dict]]:
+def cpu_plans(data: Path, options) -> Iterator[Plan]:
     """The project's own measurements."""
     ours = ("affine", "roofline", "auto")
     quiet = stationary(diffspec.read_trace(data / "vllm_cpu_quiet.csv"))
     if options.quick:
         splits = {"in sample": everything(quiet), "draft length": by_draft_length(quiet)}
-        yield study("vllm_cpu_quiet", quiet, "e2e_mean", splits, DENSE, ("affine",), False)
+        yield Plan("vllm_cpu_quiet", quiet, "e2e_mean", splits, DENSE, ("affine",), False)
         return
     splits = {
         "in sample": everything(quiet),
@@ -201,7 +215,7 @@ def cpu_studies(data: Path, options) -> Iterator[list[dict]]:
         "concurrency": by_concurrency(quiet),
         "draft length and acceptance": by_draft_length(quiet),
     }
-    yield study("vllm_cpu_quiet", quiet, "e2e_mean", splits, DENSE, ours, True, True)
+    yield Plan("vllm_cpu_quiet", quiet, "e2e_mean", splits, DENSE, ours, True, True)
     noisy = diffspec.read_trace(data / "vllm_cpu_noisy.csv")
     dense, experts = (noisy.where(f"deployment == {name}") for name in ("vllm-cpu/llama-29m", "vllm-cpu/qwen3-moe-66m"))
     for title, trace, forms in (
@@ -215,10 +229,25 @@ def cpu_studies(data: Path, options) -> Iterator[list[dict]]:
             splits |= {"draft length": by_draft_length(rows)} if trace is dense else {}
             if trace is dense and rows is not trace:
                 splits |= {"lengths": by_lengths(rows), "acceptance": by_acceptance(rows)}
-            yield study(title + suffix, rows, "e2e_mean", splits, forms, ours, not suffix, options.auto)
+            yield Plan(title + suffix, rows, "e2e_mean", splits, forms, ours, not suffix, options.auto)
 
 
-def apertus_study(shared: Path, drafter: str, workloads: tuple[str, ...]) -> list[dict]:
+def h200_plans(data: Path) -> Iterator[Plan]:
+    """The project's measurements of an H200: an engine, and a serving loop. A short window of Poisson arrivals sees
+    another rate than the one asked for: all methods get the rate that came."""
+    for name, load in (("vllm_h200", r"_r(\d+)$"), ("instrument_h200", r"_f(\d+)$")):
+        trace = stationary(diffspec.read_trace(data / f"{name}.csv"))
+        loads = trace.frame["run"].str.extract(load)[0].tolist()
+        trace = replace(trace, frame=trace.frame.assign(arrival_rate=trace.frame["offered_rate"]))
+        splits = {
+            "in sample": everything(trace),
+            "load": leave_out(loads, "load"),
+            "draft length": by_draft_length(trace),
+        }
+        yield Plan(name, trace, "e2e_mean", splits, DENSE, ("affine", "roofline", "auto"), True, True)
+
+
+def apertus_plan(shared: Path, drafter: str, workloads: tuple[str, ...]) -> Plan:
     """Throughput at draft lengths and concurrencies that were not fitted."""
     rows = [row for row in shared_traces.apertus_rows(shared, drafter) if row["workload"] in workloads]
     with tempfile.TemporaryDirectory() as folder:
@@ -234,10 +263,10 @@ def apertus_study(shared: Path, drafter: str, workloads: tuple[str, ...]) -> lis
     splits = {name: [fold] for name, fold in folds.items() if fold.test.any()}
     title = f"Apertus-8B, {drafter}, {' + '.join(workloads)}"
     ours = ("affine", "roofline", "auto")
-    return study(title, trace, "throughput", splits, DENSE_LENGTHS, ours, True, True)
+    return Plan(title, trace, "throughput", splits, DENSE_LENGTHS, ours, True, True)
 
 
-def digitalocean_studies(shared: Path) -> Iterator[list[dict]]:
+def digitalocean_plans(shared: Path) -> Iterator[Plan]:
     """Open loops without speculation; rates held out within one server setting, where the unknown share of prompts
     that the prefix cache answers is the same for all rates."""
     rows = shared_traces.digitalocean_rows(shared)
@@ -247,17 +276,21 @@ def digitalocean_studies(shared: Path) -> Iterator[list[dict]]:
             trace = stationary(diffspec.read_trace(shared_traces.write_table(chosen, Path(folder) / "do.csv")))
         title = f"Llama-3.3-70B, {what}"
         splits = {"in sample": everything(trace), "arrival rate": by_rate(trace)}
-        yield study(title, trace, "e2e_mean", splits, ("Eq 1",), ("affine", "roofline"), False)
+        yield Plan(title, trace, "e2e_mean", splits, ("Eq 1",), ("affine", "roofline"), False)
 
 
-def all_studies(options, with_shared: bool) -> Iterator[list[dict]]:
-    """Every study, one after the other."""
-    if with_shared:
+def all_plans(options, with_shared: bool) -> Iterator[Plan]:
+    """Every table, one after the other."""
+    if options.only != "cpu" and not options.quick:
+        yield from h200_plans(options.data)
+    if options.only == "h200":
+        return
+    if with_shared and options.only is None:
         for drafter in ("dspark", "eagle"):
             for workloads in (("chat", "summarization"), ("chat", "summarization", "opb")):
-                yield apertus_study(options.shared, drafter, workloads)
-        yield from digitalocean_studies(options.shared)
-    yield from cpu_studies(options.data, options)
+                yield apertus_plan(options.shared, drafter, workloads)
+        yield from digitalocean_plans(options.shared)
+    yield from cpu_plans(options.data, options)
 
 
 def noise_floor(data: Path) -> dict:
@@ -283,6 +316,7 @@ def report(results: dict) -> list[str]:
     lines = [
         f"Written by `{about['command']}` on {about['date']} in {about['minutes']:.0f} min (fitting on a CPU): "
         + ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+        + (f"; since then `{about['since'].replace(' on ', '` on ')}" if "since" in about else "")
         + ".",
         "",
         "Mean absolute error in percent, over all held-out rows of a split; a saturated prediction counts as 100 %. "
@@ -310,12 +344,14 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--shared", type=Path, default=HERE.parents[2] / "shared")
     parser.add_argument("--quick", action="store_true", help="affine only, on the quiet table")
     parser.add_argument("--auto", action="store_true", help="choose the form anew in every fold of every table")
+    parser.add_argument("--only", choices=("h200", "cpu"), help="these tables, beside the others of results.json")
     options = parser.parse_args(arguments)
     start = time.monotonic()
     with_shared = (options.shared / "traces").is_dir() and not options.quick
     if not with_shared and not options.quick:
         tell("no public GPU measurements: their tables are left out")
     flags = [f"--{name}" for name in ("quick", "auto") if getattr(options, name)]
+    flags += [f"--only {options.only}"] if options.only else []
     results = {
         "about": {
             "command": " ".join(["python experiments/01_reproduce_published_form/run.py", *flags]),
@@ -329,9 +365,14 @@ def main(arguments: list[str] | None = None) -> dict:
         "studies": {},
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    for entries in all_studies(options, with_shared):
+    if options.only:  # into the results that are there
+        results = json.loads((options.out / "results.json").read_text(encoding="utf-8")) | {"noise": results["noise"]}
+        results["about"]["since"] = f"{flags[-1]} on {datetime.date.today().isoformat()}"
+    for plan in all_plans(options, with_shared):
+        entries = study(*plan)
         results["studies"][entries[0]["data"]] = entries
-        results["about"]["minutes"] = round((time.monotonic() - start) / 60, 1)
+        if not options.only:
+            results["about"]["minutes"] = round((time.monotonic() - start) / 60, 1)
         (options.out / "results.json").write_text(json.dumps(_rounded(results), indent=1) + "\n")
         tables.rewrite(options.out / "README.md", report(results))
     tell(f"wrote results.json and README.md, {results['about']['minutes']} min")
