@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from diffspec.acceptance import ConstantAcceptance
 from diffspec.analysis.answers import _compare
 from diffspec.analysis.intervals import draw_deployment, intervals, misfit, spread
 from diffspec.fitting.deployment import FittedModel
+from diffspec.fitting.draws import bootstrap, nuts, split_r_hat
 from diffspec.fitting.evaluate import interval_summary
 from diffspec.fitting.forms import Scales, build_form
 from diffspec.fitting.hull import in_words, outside, ranges
@@ -125,6 +127,52 @@ def test_information_is_the_curvature_that_the_noise_expects(objective, solution
     np.testing.assert_allclose(np.diag(expected), np.diag(information), rtol=0.1, atol=1e-6)
     covariance = posterior_covariance(made, vector, weights, solution.jacobian[0])
     assert (np.diag(covariance) <= 1.0 + 1e-9).all()  # no wider than the prior
+
+
+def test_bootstrap_draws_spread_as_linear_theory_has_it(objective, solutions):
+    """Refits to what the fit predicts, scattered by its noise: covariance (F + 1)^-1 F (F + 1)^-1 where the rows tell
+    much; where they tell nothing the draws stay at the prior's centre, as said."""
+    made, data = objective
+    solution, weights = solutions["gauss-newton"], np.ones((len(made.columns), len(data)))
+    none = {column: 1.0 for column in made.columns}
+    found = bootstrap(made, solution, weights, np.arange(len(data)), none, count=96)
+    assert found.method == "bootstrap" and found.draws is not None and found.draws.shape == (96, len(made.form.paths))
+    information = made.fisher_information(solution.vector[0], weights, solution.jacobian[0])
+    inverse = np.linalg.inv(information + np.eye(len(information)))
+    theory = np.sqrt(np.diag(inverse @ information @ inverse))[: len(made.form.paths)] * np.asarray(made.form.spread)
+    told = np.diag(inverse)[: len(theory)] < 0.1
+    assert told.sum() >= 3
+    ratio = found.deviation[told] / theory[told]
+    # noise is refitted, too, and has tails: the spread is that of the theory to a third
+    assert np.exp(np.log(ratio).mean()) == pytest.approx(1.0, abs=0.33), ratio
+    untold = np.diag(inverse)[: len(theory)] > 0.9
+    assert (found.deviation[untold] < 0.35 * np.asarray(made.form.spread)[untold]).all()
+
+
+def test_the_sampler_is_an_option_and_says_what_it_needs(objective, solutions, monkeypatch):
+    made, data = objective
+    monkeypatch.setitem(sys.modules, "blackjax", None)
+    weights = np.ones((len(made.columns), len(data)))
+    with pytest.raises(InputError, match=r"BlackJAX: pip install 'diffspec\[posterior\]'"):
+        nuts(made, solutions["gauss-newton"], weights, np.arange(len(data)), {})
+
+
+def test_chains_that_found_different_places_are_told():
+    chains = np.random.default_rng(0).standard_normal((4, 200, 3))
+    assert split_r_hat(chains) < 1.05
+    chains[0, :, 1] += 2.0
+    assert split_r_hat(chains) > 1.2
+
+
+@pytest.mark.slow
+def test_randomised_draws_are_those_of_the_posterior():
+    """BlackJAX's no-U-turn sampler, an independent implementation, as judge of the default draws on measured rows."""
+    pytest.importorskip("blackjax", reason="BlackJAX is not installed: pip install 'diffspec[posterior]'")
+    given = {"trace": read_trace(QUIET), "step_time": "affine"}
+    quick, sampled = (fit(**given, uncertainty=name).deployment().uncertainty for name in ("randomised", "nuts"))
+    assert quick is not None and sampled is not None and sampled.method == "nuts"
+    ratio = np.log(quick.deviation / sampled.deviation)
+    assert abs(ratio.mean()) < 0.25 and np.abs(ratio).max() < 0.8, ratio
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,8 @@ def command(
         typer.Option(
             "--uncertainty",
             metavar="NAME",
-            help="randomised (draws that fit scattered rows), or laplace (quick, rough).",
+            help="randomised (draws that fit scattered rows), bootstrap (how far repeats would differ), nuts (the "
+            "posterior, minutes; needs BlackJAX), or laplace (quick, rough).",
         ),
     ] = "randomised",
     assignments: Assignments = None,

@@ -13,6 +13,7 @@ import numpy as np
 from diffspec.first_principles import FirstPrinciples
 from diffspec.fitting import pooling, principles
 from diffspec.fitting.deployment import FittedDeployment, FittedModel, used_versions
+from diffspec.fitting.draws import UNCERTAINTIES
 from diffspec.fitting.evaluate import not_predicted, predict_trace, reason_kind, summarise
 from diffspec.fitting.forms import build_form, read_scales
 from diffspec.fitting.hull import ranges
@@ -28,7 +29,7 @@ from diffspec.fitting.observations import (
 )
 from diffspec.fitting.select import candidate_forms, folds_of, held_out_error, simplest_good, why_chosen
 from diffspec.fitting.solve import LANES, SOLVERS, Solution, minimise, random_starts, refit_without
-from diffspec.fitting.uncertainty import UNCERTAINTIES, held_out_inflation
+from diffspec.fitting.uncertainty import held_out_inflation
 from diffspec.results import InputError
 from diffspec.serving import MOST_STATES
 from diffspec.traces import Trace, matches, set_aside_reasons
@@ -69,8 +70,9 @@ def fit(
     * ``start``: verifier, drafter and hardware of every deployment in the trace: priors are centred at first principles
       instead of at scales read from the trace, and the model can be transferred to other hardware; roofline only
     * ``solver``: ``gauss-newton``, or Optax's ``lbfgs`` and ``adam``; see :mod:`diffspec.fitting.solve`
-    * ``uncertainty``: ``randomised`` (draws that fit scattered measurements) or ``laplace`` (a covariance, quickly),
-      see :mod:`diffspec.fitting.uncertainty`
+    * ``uncertainty``: ``randomised`` (draws that fit scattered measurements), ``bootstrap`` (how far repeats of the
+      benchmark would differ), ``nuts`` (the posterior, minutes; needs BlackJAX) or ``laplace`` (a covariance, quickly),
+      see :mod:`diffspec.fitting.draws`
     * ``pool``: ``hardware``, ``verifier``, ``engine`` or ``all``: deployments with few rows learn from those that share
       it; ``prior``: a model whose deployments all of the trace learn from; see :mod:`diffspec.fitting.pooling`
     * ``progress(what, share)`` is called while working

@@ -4,8 +4,8 @@ With F the expected information of the fitted rows (:mod:`diffspec.fitting.noise
 priors are N(0, 1), the Laplace approximation of the posterior is N(z_fitted, inverse of (F + identity)): directions
 that the rows do not tell keep the width of their prior. In logarithms of costs that is a poor picture where the rows
 tell little: they bound a cost from above long before they bound it from below, and normal draws are slower servers than
-any that the rows allow. So draws are best fits to scattered rows (:func:`randomised`); the covariance serves designs
-and updates. A measured value is then predicted as
+any that the rows allow. So draws are best fits to scattered rows (:mod:`diffspec.fitting.draws`); the covariance serves
+designs and updates. A measured value is then predicted as
 
     log value = log predicted(draw) + sigma*t_nu
 
@@ -24,14 +24,12 @@ from scipy.special import ndtri, stdtrit
 from scipy.stats import qmc
 
 from diffspec.fitting.objective import Objective
-from diffspec.fitting.solve import LANES, Solution, minimise
+from diffspec.fitting.solve import Solution
 from diffspec.parameters import get_parameters, parameter_infos, set_parameters, to_constrained, to_unconstrained
 from diffspec.serving import ServingModel
 
 LEVEL = 0.9
 DRAWS = 64
-DRAW_ITERATIONS, DRAW_TOLERANCE = 30, 0.1
-"""A draw need not be exact: most steps, and the gradient [nats] at which it is done."""
 NOISE_POINTS = 32
 
 
@@ -203,54 +201,3 @@ def laplace(
         degrees_of_freedom=float(noise.degrees_of_freedom),
         inflation=inflation,
     )
-
-
-def randomised(
-    objective: Objective,
-    solution: Solution,
-    weights: np.ndarray,
-    cells: np.ndarray,
-    inflation: dict[str, float],
-    count: int = DRAWS,
-    seed: int = 0,
-) -> Uncertainty:
-    """:func:`laplace` with draws by randomised maximum a posteriori.
-
-    Each draw is the best fit to measurements that were scattered once more by the fitted noise, under priors whose
-    centres were drawn from the priors: exact for linear models with normal noise, and every draw is a server that the
-    rows allow, which draws around the best fit are not (Oliver, He, Reynolds 1996). Repeats share their misfit.
-    """
-    first = laplace(objective, solution, weights, cells, inflation)
-    vector, random = solution.vector[solution.best], np.random.default_rng(seed)
-    real = np.asarray(objective.real) > 0
-    noise = objective.noise(jnp.asarray(vector))
-    factors = np.asarray([inflation.get(column, 1.0) for column in objective.columns])[:, None]
-    tempered = weights / factors**2
-    _, numbers = np.unique(cells, return_inverse=True)
-    misfit, spread = np.asarray(noise.misfit)[:, None], np.asarray(noise.request_spread)[:, None]
-    sampled = spread / np.sqrt(np.asarray(objective.requests)[real])
-    kept = []
-    while len(kept) < count:
-        shape = (LANES, len(objective.columns), len(numbers))
-        shared = random.standard_t(first.degrees_of_freedom, shape)[:, :, numbers]
-        own = random.standard_t(first.degrees_of_freedom, shape)
-        centres = random.standard_normal((LANES, objective.size))
-        found = minimise(
-            objective,
-            np.tile(vector, (LANES, 1)),
-            np.tile(tempered, (LANES, 1, 1)),
-            DRAW_ITERATIONS,
-            offsets=factors * (misfit * shared + sampled * own),
-            centres=centres,
-            tolerance=DRAW_TOLERANCE,
-        )
-        usable = np.isfinite(found.loss)
-        if not usable.any():
-            break
-        kept.extend(found.vector[usable, : len(objective.form.paths)] - vector[: len(objective.form.paths)])
-    draws = np.asarray(kept[:count]) * np.asarray(objective.form.spread)
-    return dataclasses.replace(first, method="randomised", draws=draws if len(draws) else None)
-
-
-UNCERTAINTIES = {"randomised": randomised, "laplace": laplace}
-"""How what a fit leaves open is found, by name."""
