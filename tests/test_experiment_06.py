@@ -11,7 +11,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
 @pytest.fixture(scope="module")
 def coverage():
-    spec = importlib.util.spec_from_file_location("coverage_06", EXPERIMENTS / "06_fit" / "coverage.py")
+    spec = importlib.util.spec_from_file_location("coverage_06", EXPERIMENTS / "06_fit" / "interval_coverage.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -45,4 +45,4 @@ def test_rows_set_aside_and_in_sample_folds_are_left_out(coverage):
 def test_the_table_is_that_of_the_folds(coverage):
     results = coverage.study(json.loads(coverage.FOLDS.read_text(encoding="utf-8"))["studies"])
     assert results["all"]["values"] >= 300
-    assert (EXPERIMENTS / "06_fit" / "coverage.md").read_text(encoding="utf-8") == coverage.report(results)
+    assert (EXPERIMENTS / "06_fit" / "interval_coverage.md").read_text(encoding="utf-8") == coverage.report(results)

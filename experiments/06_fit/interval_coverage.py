@@ -1,10 +1,11 @@
 """How often 90 % intervals hold values that were not fitted, pooled over every measured table.
 
-    python experiments/06_fit/coverage.py
+    python experiments/06_fit/interval_coverage.py
 
 reads the folds of experiments/01_reproduce_published_form/results.json (run that first), where each group of rows was
-left out, the rest fitted with the defaults, and the group's values predicted with intervals. Writes coverage.json and
-coverage.md. The interval of a coverage is a bootstrap over folds: values of one fold share a fit and stand together.
+left out, the rest fitted with the defaults, and the group's values predicted with intervals. Writes
+interval_coverage.json and interval_coverage.md. The interval of a coverage is a bootstrap over folds: values of one
+fold share a fit and stand together.
 """
 
 import json
@@ -91,8 +92,8 @@ def report(results: dict) -> str:
     lines = [
         "# Coverage of 90 % intervals on rows that were not fitted",
         "",
-        "`python experiments/06_fit/coverage.py`, from the folds of experiment 01. In brackets the 90 % bootstrap "
-        "interval over folds. Width: mean of log(high/low); interval score: the width plus 20 times the miss, in log "
+        "`python experiments/06_fit/interval_coverage.py`, from the folds of experiment 01. In brackets the 90 % "
+        "bootstrap interval over folds. Width: mean of log(high/low); interval score: the width plus 20 times the miss, in log "
         "units. A row stands in several splits of its table.",
         "",
         "| | values | folds | coverage | width | interval score |",
@@ -107,8 +108,8 @@ def report(results: dict) -> str:
 
 def main() -> None:
     results = study(json.loads(FOLDS.read_text(encoding="utf-8"))["studies"])
-    (HERE / "coverage.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (HERE / "coverage.md").write_text(report(results), encoding="utf-8")
+    (HERE / "interval_coverage.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (HERE / "interval_coverage.md").write_text(report(results), encoding="utf-8")
     print(report(results))
 
 
