@@ -93,8 +93,8 @@ def report(results: dict) -> str:
         "# Coverage of 90 % intervals on rows that were not fitted",
         "",
         "`python experiments/06_fit/interval_coverage.py`, from the folds of experiment 01. In brackets the 90 % "
-        "bootstrap interval over folds. Width: mean of log(high/low); interval score: the width plus 20 times the miss, in log "
-        "units. A row stands in several splits of its table.",
+        "bootstrap interval over folds. Width: mean of log(high/low); interval score: the width plus 20 times the "
+        "miss, in log units. A row stands in several splits of its table.",
         "",
         "| | values | folds | coverage | width | interval score |",
         "|---|---|---|---|---|---|",
