@@ -25,6 +25,7 @@ from diffspec.fitting.hull import in_words, outside, ranges
 from diffspec.fitting.noise import Noise, negative_log_likelihood, repeat_weights
 from diffspec.fitting.objective import build_objective, choose_targets
 from diffspec.fitting.observations import observations
+from diffspec.fitting.profile import profile, profiled_paths
 from diffspec.fitting.solve import SOLVERS, minimise
 from diffspec.fitting.uncertainty import posterior_covariance
 from diffspec.parameters import get_parameters, parameter_infos, set_parameters, to_constrained, to_unconstrained
@@ -173,6 +174,56 @@ def test_randomised_draws_are_those_of_the_posterior():
     assert quick is not None and sampled is not None and sampled.method == "nuts"
     ratio = np.log(quick.deviation / sampled.deviation)
     assert abs(ratio.mean()) < 0.25 and np.abs(ratio).max() < 0.8, ratio
+
+
+def test_a_profile_is_what_scipy_finds_with_the_parameter_held(objective, solutions):
+    made, data = objective
+    weights = np.ones((len(made.columns), len(data)))
+    path = "step_time.token_compute"
+    found = profile(made, solutions["gauss-newton"], weights, path)
+    index, info = made.form.paths.index(path), parameter_infos(made.form.template)[path]
+    judged = jax.jit(jax.value_and_grad(lambda x, w: made(x, w) - 0.5 * x[index] ** 2))  # its own prior is left out
+    free = np.arange(made.size) != index
+
+    def held(value):
+        centre = to_unconstrained(get_parameters(made.form.template)[path], info)
+        place = float((to_unconstrained(jnp.asarray(value), info) - centre) / made.form.spread[index])
+
+        def loss(others):
+            vector = np.insert(others, index, place)
+            total, gradient = judged(jnp.asarray(vector), jnp.asarray(np.ones(made.used.shape)))
+            return float(total), np.asarray(gradient)[free]
+
+        start = solutions["gauss-newton"].vector[0][free]
+        return scipy.optimize.minimize(loss, start, jac=True, method="BFGS", options={"maxiter": 500}).fun
+
+    rises = np.asarray(found["loss_rise"])
+    chosen = [int(np.argmin(np.abs(rises - wanted))) for wanted in (0.0, 1.0, 3.0)]
+    lowest, *others = (held(found["values"][number]) for number in chosen)
+    assert np.asarray(others) - lowest == pytest.approx(rises[chosen[1:]] - rises[chosen[0]], abs=0.02)
+    assert found["low"] is None or found["low"] < found["values"][chosen[0]]
+    assert found["high"] > found["values"][chosen[0]]
+
+
+def test_a_profile_is_asked_for_by_name():
+    paths = ["step_time.verify_kv", "request_overhead"]
+    assert profiled_paths(["verify_kv"], paths) == profiled_paths(["step_time.verify_kv"], paths) == paths[:1]
+    assert profiled_paths(["all"], paths) == paths
+    with pytest.raises(InputError, match="'kv'; allowed: all, verify_kv, request_overhead"):
+        profiled_paths(["kv"], paths)
+
+
+def test_a_side_that_the_rows_do_not_bound_is_open(tmp_path):
+    """Without speculation nothing is told of drafting; verification is bounded on both sides."""
+    trace = table(tmp_path, (0,))
+    found = fit(trace, step_time="affine", uncertainty="laplace", profile=("verify_base", "draft.pass_base"))
+    deployment = found.deployment()
+    profiles = deployment.quality["profiles"]
+    assert set(profiles) == {"step_time.verify_base", "step_time.draft.pass_base"}
+    untold = profiles["step_time.draft.pass_base"]
+    assert untold["low"] is None and untold["high"] is None and max(untold["loss_rise"]) < 0.1
+    told = profiles["step_time.verify_base"]
+    assert told["low"] < float(deployment.serving.step_time.verify_base) < told["high"]
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,14 @@ def command(
             help="With --update: what old rows keep of their say per new row; default 0.98.",
         ),
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            "--profile",
+            metavar="LIST",
+            help="Parameters whose profile likelihood to work out, such as verify_kv,draft.pass_base, or all.",
+        ),
+    ] = None,
     verifier: Verifier = None,
     drafter: Drafter = None,
     hardware: Hardware = None,
@@ -133,7 +141,7 @@ def command(
     if out is None:
         raise InputError("--out is missing: diffspec fit TRACE... --out model.json")
     if update is not None:
-        others = (holdout, acceptance, pool, prior, verifier, drafter, hardware, tensor_parallel, drafter_kind)
+        others = (holdout, acceptance, pool, prior, profile, verifier, drafter, hardware, tensor_parallel, drafter_kind)
         if step_time != "auto" or any(option is not None for option in others):
             raise InputError(
                 "--update goes with --forgetting, --observables, --all-rows, --set, --identity, --skip-bad-rows and "
@@ -173,6 +181,7 @@ def command(
                 uncertainty=uncertainty,
                 pool=pool,
                 prior=None if prior is None else read_model(prior),
+                profile=() if profile is None else tuple(name.strip() for name in profile.split(",")),
                 progress=progress,
             )
     files: dict[Path, str | bytes] = {out: model.to_json()}

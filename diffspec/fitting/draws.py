@@ -126,7 +126,7 @@ def nuts(objective, solution, weights, cells, inflation, count: int = DRAWS, see
 
         def step(state, key):
             state, _ = kernel.step(key, state)
-            return state, state.position
+            return state, state.position  # type: ignore[attr-defined]
 
         return jax.lax.scan(step, state, jax.random.split(run_key, PER_CHAIN))[1]
 

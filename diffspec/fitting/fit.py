@@ -27,6 +27,8 @@ from diffspec.fitting.observations import (
     require_rows,
     waiting_states,
 )
+from diffspec.fitting.profile import profile as profile_of
+from diffspec.fitting.profile import profiled_paths
 from diffspec.fitting.select import candidate_forms, folds_of, held_out_error, simplest_good, why_chosen
 from diffspec.fitting.solve import LANES, SOLVERS, Solution, minimise, random_starts, refit_without
 from diffspec.fitting.uncertainty import held_out_inflation
@@ -59,6 +61,7 @@ def fit(
     uncertainty: str = "randomised",
     pool: str | None = None,
     prior: FittedModel | None = None,
+    profile: tuple[str, ...] = (),
     progress: Progress | None = None,
 ) -> FittedModel:
     """Fit one model per deployment of ``trace``.
@@ -75,6 +78,8 @@ def fit(
       see :mod:`diffspec.fitting.draws`
     * ``pool``: ``hardware``, ``verifier``, ``engine`` or ``all``: deployments with few rows learn from those that share
       it; ``prior``: a model whose deployments all of the trace learn from; see :mod:`diffspec.fitting.pooling`
+    * ``profile``: names of parameters (or ``all``) whose profile likelihood is worked out, for
+      ``quality["profiles"]``; see :mod:`diffspec.fitting.profile`
     * ``progress(what, share)`` is called while working
 
     Needs float64: set ``jax.config.update("jax_enable_x64", True)`` first, as the command line does.
@@ -111,7 +116,7 @@ def fit(
 
     def fit_one(name, frame, siblings):
         apart = held_out[frame.index.to_numpy()]
-        chosen = (step_time, observables, all_rows, start, solver, uncertainty, siblings)
+        chosen = (step_time, observables, all_rows, start, solver, uncertainty, siblings, profile)
         deployment = _fit_deployment(str(name), frame[~apart], *chosen, report)
         deployment.warnings.extend(trace.warnings)
         if apart.any():
@@ -136,7 +141,7 @@ def _score(deployment: FittedDeployment, frame, all_rows: bool) -> dict[str, Any
 
 
 def _fit_deployment(
-    name, frame, step_time, observables, all_rows, start, solver, method, siblings, report: Progress
+    name, frame, step_time, observables, all_rows, start, solver, method, siblings, profiled, report: Progress
 ) -> FittedDeployment:
     reasons = set_aside_reasons(frame)
     kept = np.asarray([all_rows or reason is None for reason in reasons], dtype=bool)
@@ -157,6 +162,8 @@ def _fit_deployment(
     tried: dict[str, dict[str, Any]] = {}
     solutions = {}
     names = candidate_forms(step_time, "experts" in defaults) if siblings is None else [siblings.form]
+    every = [path for each in names for path in build_form(each, scales, defaults.get("experts")).paths]
+    profiled = profiled_paths(profiled, list(dict.fromkeys(every)))
     folds = folds_of(frame, data, targets)
     for index, form_name in enumerate(names):
 
@@ -192,9 +199,10 @@ def _fit_deployment(
         best = solution.vector[solution.best], weights, solution.jacobian[solution.best]
         known = objective.fisher_information(*best)[: len(form.paths), : len(form.paths)]
         untold = untold_directions(form, known, trace_facts(frame))
-        solutions[form_name] = (serving, uncertainty, objective.stand_in_ratios(vector), untold)
+        profiles = partial(_profiles, profiled, objective, solution, weights)
+        solutions[form_name] = (serving, uncertainty, objective.stand_in_ratios(vector), untold, profiles)
     chosen = simplest_good({form: entry["held_out_error"] for form, entry in tried.items()})
-    serving, draw, ratios, untold = solutions[chosen]
+    serving, draw, ratios, untold, profiles = solutions[chosen]
     report(f"{name}: uncertainty", 0.95)
     uncertainty = draw()
     if start is not None:
@@ -215,10 +223,16 @@ def _fit_deployment(
             "forms": tried,
             "chosen": why_chosen(chosen, tried),
             "untold": untold,
+            "profiles": profiles(lambda what, share: report(f"{name}: profile of {what}", share)),
         }
         | ({} if siblings is None else siblings.told()),
         warnings=_warnings(frame, targets, counted),
         uncertainty=uncertainty,
+    )
+    deployment.warnings.extend(
+        f"profile: the {chosen} form that was chosen has no {path}"
+        for path in profiled
+        if path not in deployment.quality["profiles"]
     )
     metrics = summarise([predict_trace(deployment, frame)])
     deployment.quality["metrics"] = metrics
@@ -228,6 +242,12 @@ def _fit_deployment(
     if deployment.mixed_acceptance:
         deployment.warnings.append(deployment.mixed_acceptance)
     return deployment
+
+
+def _profiles(asked, objective, solution, weights, report: Progress) -> dict[str, Any]:
+    """Profile likelihoods of the parameters asked for that the form has, by path."""
+    paths = [path for path in asked if path in objective.form.paths]
+    return {path: profile_of(objective, solution, weights, path, partial(report, path)) for path in paths}
 
 
 def _minimise_all(objective: Objective, data, targets, solver, progress) -> tuple[Objective, Solution, np.ndarray]:

@@ -81,6 +81,19 @@ def fit_summary(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
             )
         for entry in quality.get("untold", ()):
             yield Text(f"  {entry['words']}")
+        if quality.get("profiles"):
+            units = {path: entry["unit"] for path, entry in deployment["parameters"].items()}
+            rows = [
+                (path.removeprefix("step_time."), *_bounds(profile, units[path]))
+                for path, profile in quality["profiles"].items()
+            ]
+            yield table("profile likelihood, 90 %", ("parameter", "at least", "best", "at most"), rows)
+
+
+def _bounds(profile: Mapping[str, Any], unit: str) -> tuple[str, str, str]:
+    best = profile["values"][profile["loss_rise"].index(min(profile["loss_rise"]))]
+    low, high = ("no bound" if value is None else quantity(value, unit) for value in (profile["low"], profile["high"]))
+    return low, quantity(best, unit), high
 
 
 def evaluation(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
