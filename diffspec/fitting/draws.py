@@ -98,7 +98,7 @@ def nuts(objective, solution, weights, cells, inflation, count: int = DRAWS, see
     Errors: :class:`InputError` without BlackJAX; :class:`NoResultError` where the chains disagree.
     """
     try:
-        import blackjax
+        import blackjax  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise InputError("uncertainty 'nuts' needs BlackJAX: pip install 'diffspec[posterior]'") from None
     best = jnp.asarray(solution.vector[solution.best])
