@@ -18,7 +18,7 @@ from diffspec.acceptance import ConstantAcceptance
 from diffspec.analysis.answers import _compare
 from diffspec.analysis.intervals import draw_deployment, intervals, misfit, spread
 from diffspec.fitting.deployment import FittedModel
-from diffspec.fitting.draws import bootstrap, nuts, split_r_hat
+from diffspec.fitting.draws import bootstrap, split_r_hat
 from diffspec.fitting.evaluate import interval_summary
 from diffspec.fitting.forms import Scales, build_form
 from diffspec.fitting.hull import in_words, outside, ranges
@@ -150,12 +150,11 @@ def test_bootstrap_draws_spread_as_linear_theory_has_it(objective, solutions):
     assert (found.deviation[untold] < 0.35 * np.asarray(made.form.spread)[untold]).all()
 
 
-def test_the_sampler_is_an_option_and_says_what_it_needs(objective, solutions, monkeypatch):
-    made, data = objective
+def test_the_sampler_is_an_option_and_says_before_the_fit_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "blackjax", None)
-    weights = np.ones((len(made.columns), len(data)))
+    monkeypatch.setattr("diffspec.fitting.fit._fit_deployment", lambda *_: pytest.fail("fitted first"))
     with pytest.raises(InputError, match=r"BlackJAX: pip install 'diffspec\[posterior\]'"):
-        nuts(made, solutions["gauss-newton"], weights, np.arange(len(data)), {})
+        fit(table(tmp_path, (0, 2, 6)), uncertainty="nuts")
 
 
 def test_chains_that_found_different_places_are_told():

@@ -17,6 +17,7 @@ operating point share their misfit.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,15 +93,21 @@ def _refits(
     return np.asarray(kept[:count]).reshape(-1, objective.size)
 
 
+def sampler() -> Any:
+    """The BlackJAX package. Errors: :class:`InputError` where it is not installed."""
+    try:
+        import blackjax  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:
+        raise InputError("uncertainty 'nuts' needs BlackJAX: pip install 'diffspec[posterior]'") from None
+    return blackjax
+
+
 def nuts(objective, solution, weights, cells, inflation, count: int = DRAWS, seed: int = 0) -> Uncertainty:
     """Draws of the posterior by the no-U-turn sampler, thinned to about ``count``; see the module.
 
     Errors: :class:`InputError` without BlackJAX; :class:`NoResultError` where the chains disagree.
     """
-    try:
-        import blackjax  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError:
-        raise InputError("uncertainty 'nuts' needs BlackJAX: pip install 'diffspec[posterior]'") from None
+    blackjax = sampler()
     best = jnp.asarray(solution.vector[solution.best])
     real = np.asarray(objective.real) > 0
     padded = np.zeros((len(objective.columns), len(real)))
@@ -121,12 +128,12 @@ def nuts(objective, solution, weights, cells, inflation, count: int = DRAWS, see
     def chain(key, start):
         adapt_key, run_key = jax.random.split(key)
         adaptation = blackjax.window_adaptation(blackjax.nuts, log_density, max_num_doublings=6)
-        (state, tuned), _ = adaptation.run(adapt_key, start, num_steps=WARM_UP)  # type: ignore[misc]
+        (state, tuned), _ = adaptation.run(adapt_key, start, num_steps=WARM_UP)
         kernel = blackjax.nuts(log_density, **tuned)
 
         def step(state, key):
             state, _ = kernel.step(key, state)
-            return state, state.position  # type: ignore[attr-defined]
+            return state, state.position
 
         return jax.lax.scan(step, state, jax.random.split(run_key, PER_CHAIN))[1]
 

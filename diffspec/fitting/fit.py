@@ -13,7 +13,7 @@ import numpy as np
 from diffspec.first_principles import FirstPrinciples
 from diffspec.fitting import pooling, principles
 from diffspec.fitting.deployment import FittedDeployment, FittedModel, used_versions
-from diffspec.fitting.draws import UNCERTAINTIES
+from diffspec.fitting.draws import UNCERTAINTIES, sampler
 from diffspec.fitting.evaluate import not_predicted, predict_trace, reason_kind, summarise
 from diffspec.fitting.forms import build_form, read_scales
 from diffspec.fitting.hull import ranges
@@ -94,6 +94,8 @@ def fit(
         raise InputError(f"solver: got {solver!r}; allowed: {', '.join(SOLVERS)}")
     if uncertainty not in UNCERTAINTIES:
         raise InputError(f"uncertainty: got {uncertainty!r}; allowed: {', '.join(UNCERTAINTIES)}")
+    if uncertainty == "nuts":
+        sampler()  # refused now, not after the fit
     if start is not None and step_time == "affine":
         raise InputError(
             "step_time: got 'affine' with first principles (--verifier); allowed: auto, roofline: affine cannot "

@@ -51,8 +51,8 @@ def profile(
     path: str,
     report: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
-    """The profile of one parameter: ``values`` (its unit), ``loss_rise`` [nats] of each, and the 90 % likelihood
-    interval ``low`` to ``high``, None on an open side.
+    """The profile of one parameter: ``values`` (its unit), ``loss_rise`` [nats] of each (None: no finite fit), and
+    the 90 % likelihood interval ``low`` to ``high``, None on an open side.
 
     The grid is even in the unconstrained coordinate (log or logit), out to WIDEST prior standard deviations, and once
     more between the ends of the interval found, so that sharp parameters are resolved.
@@ -97,27 +97,30 @@ def profile(
 
     return {
         "values": [value(float(place)) for place in places],
-        "loss_rise": rises.tolist(),
+        "loss_rise": [float(rise) if np.isfinite(rise) else None for rise in rises],
         "low": value(low),
         "high": value(high),
     }
 
 
 def _sorted(known: dict[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    places = np.asarray(sorted(place for place, loss in known.items() if np.isfinite(loss)))
+    places = np.asarray(sorted(known))
     losses = np.asarray([known[place] for place in places])
-    return places, losses - losses.min()
+    return places, np.where(np.isfinite(losses), losses, np.inf) - np.nanmin(losses)
 
 
 def _crossing(places: np.ndarray, rises: np.ndarray) -> float | None:
     """Where the rise first falls below RISE, coming from outside, between two places by a line; None where it starts
-    below.
+    below. A place without a finite fit is beyond any bound.
 
     >>> _crossing(np.array([0.0, 1.0, 2.0]), np.array([2.706, 0.0, 3.0]))
     0.5
+    >>> _crossing(np.array([0.0, 1.0, 2.0]), np.array([np.inf, 0.0, 3.0]))
+    1.0
     """
     first = int(np.argmax(rises < RISE))
     if first == 0:
         return None
-    share = (rises[first - 1] - RISE) / (rises[first - 1] - rises[first])
+    above, below = rises[first - 1], rises[first]
+    share = (above - RISE) / (above - below) if np.isfinite(above) else 1.0
     return float(places[first - 1] + share * (places[first] - places[first - 1]))

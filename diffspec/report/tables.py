@@ -91,7 +91,7 @@ def fit_summary(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def _bounds(profile: Mapping[str, Any], unit: str) -> tuple[str, str, str]:
-    best = profile["values"][profile["loss_rise"].index(min(profile["loss_rise"]))]
+    best = profile["values"][profile["loss_rise"].index(0.0)]
     low, high = ("no bound" if value is None else quantity(value, unit) for value in (profile["low"], profile["high"]))
     return low, quantity(best, unit), high
 
