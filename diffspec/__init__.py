@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from diffspec.fitting.update import update
     from diffspec.hardware import Accelerator, accelerator
     from diffspec.lengths import Lengths
-    from diffspec.optimizing.policy import optimize
+    from diffspec.optimizing.optimize import optimize
     from diffspec.percentiles import predict_distribution
     from diffspec.prediction import Prediction
     from diffspec.resources import MemoryPlan, energy_per_token, memory_plan
@@ -211,7 +211,7 @@ _HOMES = {
         "accelerator",
     ),
     "lengths": ("Lengths",),
-    "optimizing.policy": ("optimize",),
+    "optimizing.optimize": ("optimize",),
     "percentiles": ("predict_distribution",),
     "resources": (
         "MemoryPlan",

@@ -20,7 +20,7 @@ from diffspec.analysis.sensitivity import sensitivity
 from diffspec.fitting.fit import fit
 from diffspec.optimizing.flags import vllm_flags
 from diffspec.optimizing.limits import LIMITED, parse_limit
-from diffspec.optimizing.policy import optimize
+from diffspec.optimizing.optimize import optimize
 from diffspec.optimizing.schedule import batch_schedule, residence_under_schedule
 from diffspec.parameters import get_parameters, set_parameters
 from diffspec.prediction import STAGES

@@ -84,7 +84,7 @@ def packaged_trace() -> Path:
 
 def _policy(deployment) -> dict[str, Any]:
     from diffspec.acceptance import ConstantAcceptance
-    from diffspec.optimizing.policy import optimize
+    from diffspec.optimizing.optimize import optimize
 
     return optimize(
         deployment,

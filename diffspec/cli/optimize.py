@@ -50,7 +50,7 @@ def command(
     Before any trace, or on other hardware: --verifier and --hardware as predict takes them.
     """
     prepare_jax()
-    from diffspec.optimizing.policy import optimize, optimize_unmeasured
+    from diffspec.optimizing.optimize import optimize, optimize_unmeasured
     from diffspec.report import tables
 
     deployment, unmeasured = subject.find(asked, max_draft_length)
