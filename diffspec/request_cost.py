@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from diffspec.acceptance import StepsForm, steps_per_request
 from diffspec.configuration import Configuration
@@ -23,36 +24,77 @@ from diffspec.parameters import Scalar
 from diffspec.step_time import AbstractStepTime, BatchState, scaled
 from diffspec.workload import Workload
 
+EachClass = Scalar | Float[Array, "classes"]
+"""One number, or one for each class of requests."""
+
 
 class RequestCost(eqx.Module):
     """What one request costs: ``prefill`` [s], ``steps`` [step] and their standard deviation ``spread``,
     ``tokens_per_step`` [tok], both ``moments``, ``step_parts(sequences)`` [s] (of sequences that hold another
     ``context`` [tok]: step_parts(sequences, context)), ``prompt_tokens`` [tok] to prefill, ``query_tokens`` [tok] that
-    a sequence takes of a step, and ``budget`` [tok], None without one."""
+    a sequence takes of a step, and ``budget`` [tok], None without one.
 
-    prefill: Scalar
-    steps: Scalar
-    tokens_per_step: Scalar
-    spread: Scalar
-    moments: tuple[Scalar, Scalar]
+    Of several classes that share a server every number has an axis of classes, and ``share`` [classes] is each one's
+    share of the requests (:mod:`diffspec.request_mix`); None where all requests are alike.
+    """
+
+    prefill: EachClass
+    steps: EachClass
+    tokens_per_step: EachClass
+    spread: EachClass
+    moments: tuple[EachClass, EachClass]
     step_parts: Callable = eqx.field(static=True)
-    prompt_tokens: Scalar
-    query_tokens: Scalar
+    prompt_tokens: EachClass
+    query_tokens: EachClass
     budget: Scalar | None = None
+    share: Float[Array, "classes"] | None = None
+
+    def mean(self, values):
+        """Mean over all requests of a number of each class."""
+        return values if self.share is None else self.share @ values
+
+    @property
+    def met_prompt(self):
+        """Prefill [s] of a prompt under way when a request comes: a long one is met more often, and of one in chunks
+        only a chunk is."""
+        if self.share is None:
+            return self.prefill
+        chunks = 1.0 if self.budget is None else jnp.maximum(self.prompt_tokens / self.budget, 1.0)
+        return self.mean(self.prefill**2 / chunks) / jnp.maximum(self.mean(self.prefill), 1e-30)
+
+    def foreign_prefill(self, own, others):
+        """Prefill [s] of others' prompts that a request pays which is in service for ``own`` [s] without it and meets
+        ``others`` [req].
+
+        Prompts come evenly in time, so with rho the share of time that they take it is rho/(1-rho)*own; a request
+        comes in the middle of a step, and what it pays there is the prompts met, not such as its own:
+        own + (met_prompt - prefill)*(1/2 + rho)/(1 + rho) in place of own.
+        """
+        prompts = others * self.mean(self.prefill)
+        if self.share is None:
+            return prompts
+        mean, odd = self.mean(own), self.met_prompt - self.prefill
+        load = prompts / (prompts + mean)
+        for _ in range(4):  # load = prompts/(prompts + mean + load*further), from above
+            further = odd * (0.5 + load) / (1.0 + load)
+            load = prompts / (prompts + mean + load * self.mean(further))
+        return prompts * (own + further) / (mean + load * self.mean(further))
 
     @property
     def most_decoding(self):
         """Sequences [req] that decode in a step when prompts never cease; infinite without a budget."""
+        steps = self.mean(self.steps)
         if self.budget is None:
-            return jnp.full_like(self.steps, jnp.inf)
-        tokens = self.prompt_tokens + self.steps * self.query_tokens
-        return self.steps * self.budget / jnp.maximum(tokens, 1e-9)
+            return jnp.full_like(steps, jnp.inf)
+        tokens = self.mean(self.prompt_tokens + self.steps * self.query_tokens)
+        return steps * self.budget / jnp.maximum(tokens, 1e-9)
 
     def prompt_steps(self, sequences):
         """Token budgets [step] that a prompt takes beside so many decoding sequences; 0 without a budget."""
         if self.budget is None:
             return jnp.zeros_like(sequences)
-        left = self.budget - jnp.minimum(sequences, self.most_decoding) * self.query_tokens
+        query = self.mean(self.steps * self.query_tokens) / jnp.maximum(self.mean(self.steps), 1e-9)
+        left = self.budget - jnp.minimum(sequences, self.most_decoding) * query
         return self.prompt_tokens / jnp.maximum(left, 1e-9 * self.budget)
 
     def chunks(self, sequences):

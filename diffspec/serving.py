@@ -11,19 +11,23 @@ closed loop, the more its requests start together (sync falls as the spread of s
 comes to (N-1)/2*p before the first token. Decode carries the rest. All times in s.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from diffspec.acceptance import StepsForm
+from diffspec.break_even import break_even_rate
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.finite_runs import finite_run, finite_run_factor
 from diffspec.parameters import Scalar, parameter
 from diffspec.prediction import Comparison, LoadSplit, Prediction
 from diffspec.request_cost import RequestCost, request_cost
+from diffspec.request_mix import mean_workload, request_mix
 from diffspec.results import RESULTS
 from diffspec.steady_state import (
     SteadyState,
@@ -87,10 +91,7 @@ class ServingModel(eqx.Module):
         Errors: never for saturation, which is a result with numbers; :class:`InputError` for ranges.
         """
         request, cap = self.within_budget(workload, config)
-
-        def residence(n):
-            return self._times(request, n)[0]
-
+        residence = partial(self._residence, request)
         if workload.is_open:
             state = solve_open_loop(
                 residence,
@@ -103,16 +104,67 @@ class ServingModel(eqx.Module):
             if workload.n_requests is not None and self.finite_runs == "fluid":
                 state = self._finite_run(workload, request, state, cap)
             times = self._times(request, state.batch_seen)
-            if config.max_batched_tokens is not None:  # of that wait the residence holds the others' prefill
-                _, met = self._foreign_prefill(request, state, times, sync)
-                waiting = waiting + jnp.maximum(self._prompt_wait(workload, request, state) - met, 0.0)
+            if request.budget is not None:
+                waiting = waiting + self._prompt_wait(workload, request, state, times)
         else:
             state = solve_closed_loop(residence, workload.concurrency, max_batch_size=cap)  # type: ignore[arg-type]
             in_flight = jnp.asarray(workload.concurrency, dtype=float)
             waiting = jnp.maximum(in_flight - state.effective_batch_size, 0.0) / state.throughput
             sync = self.closed_loop_sync / (1.0 + request.spread / self.sync_spread)
             times = self._times(request, state.batch_seen)
-        return self._assemble(workload, request, state, times, sync, waiting)
+        alone = request.step_parts(jnp.full_like(times[0], self.self_share))
+        met = self._foreign_prefill_in_ttft(request, times, sync)
+        return self._assemble(workload, request, state, times, met, waiting, alone)
+
+    def predict_classes(self, workloads: Sequence[Workload], configs: Sequence[Configuration]) -> Prediction:
+        """Steady state of several classes of requests that share the server, in open loops: a prediction whose numbers
+        have an axis of classes (:mod:`diffspec.request_mix`).
+
+        Each class has its own arrival rate, lengths, draft length and acceptance; caps are those of the first
+        configuration, and arrivals are taken for Poisson. B sums over classes: B_c = arrival_rate_c*residence_c.
+        ``capacity`` of a class: its arrival rate when all rates grow alike until the server saturates.
+
+        >>> from diffspec.step_time import AffineStepTime
+        >>> model = ServingModel(AffineStepTime(verify_base=0.02, verify_sequence=1e-3, prefill_token=1e-4))
+        >>> chat = Workload(prompt_length=100, output_length=51, arrival_rate=1.0)
+        >>> summary = Workload(prompt_length=2000, output_length=21, arrival_rate=0.5)
+        >>> found = model.predict_classes([chat, summary], [Configuration(), Configuration()])
+        >>> [round(float(value), 3) for value in found.e2e_latency]
+        [1.314, 0.749]
+        """
+        request = request_mix(self.step_time, workloads, configs, self.steps_form)
+        share = request.share
+        assert share is not None
+        rates = jnp.asarray([workload.arrival_rate for workload in workloads], dtype=float)
+        together = mean_workload(workloads, share * request.steps / jnp.sum(share * request.steps))
+        places = batch_cap(together, configs[0])
+        cap = self._largest_batch(request, places)
+        state = solve_open_loop(
+            partial(self._residence, request),
+            jnp.sum(rates),
+            max_batch_size=cap,
+            batch_seen=lambda batch: self._batch_seen(together, batch),
+            scale_bounded=self.step_time.scale_bounded,
+        )
+        waiting = self._waiting(together, request, state, places)
+        times = jax.tree.map(partial(jnp.broadcast_to, shape=rates.shape), self._times(request, state.batch_seen))
+        met = self._foreign_prefill_in_ttft(request, times)
+        if request.budget is not None:
+            waiting = waiting + self._prompt_wait(together, request, state, times)
+        alone = request.step_parts(jnp.full_like(times[0], self.self_share))
+
+        def of_class(share, cost, times, met, alone, output_length):
+            own = replace(
+                state,
+                effective_batch_size=state.throughput * share * times[0],
+                throughput=state.throughput * share,
+                capacity=state.capacity * share,
+            )
+            workload = eqx.tree_at(lambda w: w.output_length, together, output_length)
+            return self._assemble(workload, cost, own, times, met, waiting, alone)
+
+        lengths, cost = jnp.asarray([w.output_length for w in workloads], dtype=float), replace(request, budget=None)
+        return jax.vmap(of_class)(share, replace(cost, share=None), times, met, alone, lengths)
 
     def compare(self, workload: Workload, config: Configuration) -> Comparison:
         """Predict ``config`` and the same server without speculation; speedup and break-even arrival rate."""
@@ -133,40 +185,9 @@ class ServingModel(eqx.Module):
         return jax.tree.map(lambda leaf: leaf[0], both), jax.tree.map(lambda leaf: leaf[1], both)
 
     def breakeven_rate(self, workload: Workload, config: Configuration):
-        """Smallest arrival rate [req/s] at which ``config`` and no speculation are equally fast, in an open loop.
-
-        Infinite when the order never changes below the smaller of both capacities: then the sign at any load tells it.
-        Speculation may lose at low load and win at high load as well as the other way round (long contexts), so the
-        order is scanned at 64 rates and the first change is refined by bisection to 1e-10 of capacity. For affine
-        residence without self share it is r*/C2_plain, r* = (1-C1R)/(C2R-C1R). No derivative: use speedup's.
-        """
-
-        def arms(rate):
-            load = replace(workload, arrival_rate=rate, concurrency=None, n_requests=None)
-            fast, slow = self._both_arms(load, config)
-            return jnp.log(fast.e2e_latency / slow.e2e_latency), jnp.minimum(fast.capacity, slow.capacity)
-
-        lanes = 64
-        whole = jnp.linspace(0.0, 1.0, lanes)
-        below_capacity = jnp.concatenate([jnp.full(1, 1e-6), jnp.linspace(0.0, 0.998, lanes)[1:]])
-
-        def narrow(iteration, carry):  # the first pass scans up to capacity, each later one a bracket 63 times smaller
-            low, high, crossing = carry
-            rates = low + jnp.where(iteration == 1, below_capacity, whole) * (high - low)
-            gap, limits = jax.vmap(arms)(jnp.where(iteration == 0, 1e-9, rates))
-            changed = jnp.append(jnp.sign(gap[1:]) != jnp.sign(gap[:-1]), False)
-            index = jnp.argmax(changed)
-            following = jnp.minimum(index + 1, lanes - 1)
-            scan = iteration > 0
-            return (
-                jnp.where(scan & changed.any(), rates[index], low),
-                jnp.where(scan, jnp.where(changed.any(), rates[following], high), limits[0]),
-                jnp.where(iteration == 1, changed.any(), crossing),
-            )
-
-        zero = jnp.zeros((), dtype=jnp.result_type(float))
-        low, high, crossing = jax.lax.fori_loop(0, 8, narrow, (zero, zero, jnp.zeros((), dtype=bool)))
-        return jax.lax.stop_gradient(jnp.where(crossing, 0.5 * (low + high), jnp.inf))
+        """Smallest arrival rate [req/s] at which ``config`` and no speculation are equally fast, in an open loop:
+        :func:`diffspec.break_even.break_even_rate`. Infinite when the order never changes; no derivative."""
+        return break_even_rate(lambda load: self._both_arms(load, config), workload)
 
     def residence_time(self, workload: Workload, config: Configuration, batch_seen: Scalar):
         """Time in service [s] of a request that sees ``batch_seen`` requests, itself included: the function whose
@@ -182,16 +203,13 @@ class ServingModel(eqx.Module):
         return request_cost(self.step_time, workload, config, self.steps_form)
 
     def _times(self, request: RequestCost, n):
-        """(residence, step parts, others, steps in the first token) for a request that sees n in service."""
+        """(residence, step parts, foreign prefill, steps in the first token) for a request that sees n in service."""
         others = jnp.maximum(n - self.self_share, 0.0)
         shared_steps, decoding = self._shared_steps(request, n, others)
         parts = request.step_parts(decoding)
-        residence = (
-            self.request_overhead
-            + request.prefill * (1.0 + self.prefill_interference * others)
-            + (request.steps + shared_steps) * parts.total
-        )
-        return residence, parts, others, shared_steps
+        own = self.request_overhead + request.prefill + (request.steps + shared_steps) * parts.total
+        foreign = request.foreign_prefill(own, self.prefill_interference * others)
+        return own + foreign, parts, foreign, shared_steps
 
     def _shared_steps(self, request: RequestCost, n, others):
         """Others' steps [step] until the first token, and the sequences that decode of n in service."""
@@ -203,16 +221,19 @@ class ServingModel(eqx.Module):
         """Mean wait [s] for one of ``cap`` places in an open loop; see :mod:`diffspec.waiting`."""
         if cap is None:
             return jnp.zeros_like(state.residence_time)
+        times = self._times(request, cap)[0]
+        full = request.mean(times)
         spread = (request.spread / jnp.maximum(request.steps, 1e-9)) ** 2
-        full = self._times(request, cap)[0]
-        prompts = cap * request.prefill * self.prefill_interference
+        if request.share is not None:  # classes that take longer are part of the spread
+            spread = request.mean(times**2 * (1.0 + spread)) / full**2 - 1.0
+        prompts = cap * request.mean(request.prefill) * self.prefill_interference
         service_scv = queue_scv(spread, prompts / full)
         waiting = None
         if self.waiting_states > 0:
             known = cap <= self.waiting_states
             places = jnp.where(known, cap, 1.0)
             served = jnp.minimum(jnp.arange(1, self.waiting_states + 1, dtype=jnp.result_type(float)), places)
-            residence = jax.vmap(lambda n: self._times(request, n)[0])(served)
+            residence = jax.vmap(lambda n: self._residence(request, n))(served)
             rate = jnp.where(known, state.throughput, 0.5 * places / residence[-1])
             chain = requests_in_system(residence, rate, places)
             waiting = chain.waiting_time * waiting_factor(chain.load, places, service_scv, workload.arrival_scv)
@@ -221,30 +242,33 @@ class ServingModel(eqx.Module):
             return jnp.zeros_like(full) if waiting is None else waiting
         return self._wait_of_run(workload, cap, cap / full, waiting, service_scv, spread)
 
-    def _foreign_prefill(self, request: RequestCost, state: SteadyState, times, sync):
-        """The prefill of others' prompts [s] that a request pays, and how much of it before its first token.
+    def _foreign_prefill_in_ttft(self, request: RequestCost, times, sync: Scalar = 0.0):
+        """How much of others' prefill [s] a request pays before its first token.
 
         Others' prompts fall evenly on the time of a request, its own prefill counting for (1/2 + rho)/(1 + rho) of
         itself, rho = foreign/residence: the prompts of a step end together, behind those of the step under way (gated
         service: ttft = p + s + (1/2 + rho)*(s/(1-rho) + p*rho/(1-rho^2)) at a step s). Synchrony makes it sync/2.
         """
-        _, parts, others, shared_steps = times
-        foreign = request.prefill * self.prefill_interference * others
-        load = jnp.clip(foreign / state.residence_time, 0.0, 1.0)
+        residence, parts, foreign, shared_steps = times
+        load = jnp.clip(foreign / residence, 0.0, 1.0)
         joining = shared_steps * parts.total
-        before = joining + request.prefill * (0.5 + load) / (1.0 + load)
+        before = joining + request.met_prompt * (0.5 + load) / (1.0 + load)
         evenly = before / jnp.maximum(joining + request.prefill + request.steps * parts.total, 1e-30)
-        return foreign, foreign * ((1.0 - sync) * evenly + 0.5 * sync)
+        return foreign * ((1.0 - sync) * evenly + 0.5 * sync)
 
-    def _prompt_wait(self, workload: Workload, request: RequestCost, state: SteadyState):
-        """Mean wait [s] of a prompt for the token budget."""
-        service = request.prompt_service(state.batch_seen)
+    def _prompt_wait(self, workload: Workload, request: RequestCost, state: SteadyState, times):
+        """Mean wait [s] of a prompt for the token budget, beyond what the residence holds of others' prefill."""
+        service = request.mean(request.prompt_service(state.batch_seen))
         if workload.n_requests is None:
-            return prompt_wait(service, state.throughput)
-        wait = prompt_wait(service, workload.arrival_rate)  # type: ignore[arg-type]
-        return self._wait_of_run(workload, 1.0, 1.0 / service, wait)
+            wait = prompt_wait(service, state.throughput)
+        else:
+            wait = prompt_wait(service, workload.arrival_rate)  # type: ignore[arg-type]
+            wait = self._wait_of_run(workload, 1.0, 1.0 / service, wait)
+        return jnp.maximum(wait - request.mean(self._foreign_prefill_in_ttft(request, times)), 0.0)
 
-    def _wait_of_run(self, workload: Workload, places, capacity, stationary, service_scv=0.0, length_scv=0.0):
+    def _wait_of_run(
+        self, workload: Workload, places, capacity, stationary, service_scv: Any = 0.0, length_scv: Any = 0.0
+    ):
         n_requests = jnp.asarray(workload.n_requests, dtype=float)
         waiting = wait_of_finite_run(
             n_requests,
@@ -262,13 +286,19 @@ class ServingModel(eqx.Module):
         """The cost of a request, and the largest batch [req] in service or None: by batch size, KV memory, and the
         token budget, n/residence(n) = 1/prompt_service(most_decoding); see :mod:`diffspec.request_cost`."""
         request, cap = self.request_cost(workload, config), batch_cap(workload, config)
-        if config.max_batched_tokens is None:
-            return request, cap
-        fastest = request.prompt_service(request.most_decoding)
-        most = share_reaches_one(
-            lambda n: n * fastest / self._times(request, n)[0], jnp.asarray(1e9 if cap is None else cap, dtype=float)
+        return request, self._largest_batch(request, cap)
+
+    def _largest_batch(self, request: RequestCost, cap):
+        if request.budget is None:
+            return cap
+        fastest = request.mean(request.prompt_service(request.most_decoding))
+        return share_reaches_one(
+            lambda n: n * fastest / self._residence(request, n), jnp.asarray(1e9 if cap is None else cap, dtype=float)
         )
-        return request, most
+
+    def _residence(self, request: RequestCost, n):
+        """Mean time in service [s] of all requests that see n in service."""
+        return request.mean(self._times(request, n)[0])
 
     def _batch_seen(self, workload: Workload, batch):
         if workload.n_requests is not None and self.finite_runs == "trapezoid":
@@ -319,10 +349,10 @@ class ServingModel(eqx.Module):
         ends = ~endless & (steady.result == RESULTS.saturated)
         return replace(state, result=RESULTS.where(ends, RESULTS.successful, steady.result))
 
-    def _assemble(self, workload, request: RequestCost, state: SteadyState, times, sync, waiting) -> Prediction:
-        residence, parts, others, shared_steps = times
-        alone = request.step_parts(jnp.full_like(others, self.self_share))
-        foreign_prefill, in_ttft = self._foreign_prefill(request, state, times, sync)
+    def _assemble(
+        self, workload, request: RequestCost, state: SteadyState, times, in_ttft, waiting, alone
+    ) -> Prediction:
+        residence, parts, foreign_prefill, shared_steps = times
         ttft = waiting + self.request_overhead + request.prefill + in_ttft + shared_steps * parts.total
         decode = request.steps * parts.total + foreign_prefill - in_ttft
         e2e = waiting + residence

@@ -24,9 +24,9 @@ LAYERS = (
     (
         *("acceptance_curves", "acceptance", "acceptance_decay", "experts"),
         *("batch_state", "drafters", "step_time", "staircase", "trees", "tree_search"),
-        *("first_principles", "resources", "configuration"),
+        *("first_principles", "resources", "configuration", "request_cost"),
     ),
-    ("request_cost", "prediction", "steady_state", "finite_runs", "waiting", "simulating"),
+    ("request_mix", "prediction", "steady_state", "break_even", "finite_runs", "waiting", "simulating"),
     ("serving", "latency_distribution", "traces", "datasets"),
     ("percentiles", "collecting", "fitting", "analysis", "optimizing"),
     ("report", "demo"),

@@ -32,7 +32,8 @@ REAL = 8
 # all there was before a preemption); CONTEXT: tokens in the KV cache; PLANNED: those of this iteration, 0 if left out.
 PROMPT, OUTPUT, CACHED, TARGET, CONTEXT, EMITTED_TOKENS, PLANNED = range(7)
 DRAFTED, ACCEPTED, REQUEST_STEPS, PREEMPTIONS = range(7, 11)
-TOKENS = 11
+LONGEST_DRAFT = 11  # the request's own limit of the draft length
+TOKENS = 12
 # Places in Lanes.times.
 ARRIVAL, SCHEDULE, FIRST_TOKEN, COMPLETION, LAST_TOKEN, LENIENCY = range(6)
 TIMES = 6
@@ -236,15 +237,16 @@ def _preempt_youngest(whole, tokens, running, stack):
 def _plan(whole, real, random, state, tokens, times, running, stack):
     """What the next iteration works on: planned tokens of each running request, and the lane's batch state."""
     budget = whole[TOKEN_BUDGET]
-    length = whole[DRAFT_LENGTH]
+    length, passes = whole[DRAFT_LENGTH], 0
     abstains = real[DRAFT_PROBABILITY] < 1.0
     preempted = False
     place = 0
     while place < whole[RUNNING]:
         row = tokens[running[place]]
         left = row[TARGET] - row[CONTEXT]
-        drafts = left <= 0 and length > 0 and (not abstains or _uniform(random) < real[DRAFT_PROBABILITY])
-        need = min(left if left > 0 else 1 + length if drafts else 1, budget)
+        own = min(length, row[LONGEST_DRAFT])
+        drafts = left <= 0 and own > 0 and (not abstains or _uniform(random) < real[DRAFT_PROBABILITY])
+        need = min(left if left > 0 else 1 + own if drafts else 1, budget)
         while whole[KV_USED] + need > whole[KV_CAPACITY] and place < whole[RUNNING]:
             _preempt_youngest(whole, tokens, running, stack)
             preempted = True
@@ -260,6 +262,8 @@ def _plan(whole, real, random, state, tokens, times, running, stack):
             state[1] += need
             state[2] += row[CONTEXT]
             state[5] += need - 1
+        if own > passes and (need > 1 or left > 0):
+            passes = own
         place += 1
     while not preempted and budget > 0 and whole[RUNNING] < whole[CAP]:
         if whole[PREEMPTED] > 0:
@@ -287,5 +291,6 @@ def _plan(whole, real, random, state, tokens, times, running, stack):
         whole[RUNNING] += 1
         budget -= need
         state[3] += need
-    if length > 0 and (state[5] > 0.0 or state[3] > 0.0):
-        state[4] = length
+        passes = max(passes, min(length, row[LONGEST_DRAFT]))
+    if state[5] > 0.0 or state[3] > 0.0:
+        state[4] = passes

@@ -18,17 +18,19 @@ class Requests:
     """``arrival_time`` [s], nondecreasing (None: a closed loop), ``prompt_tokens`` and ``output_tokens`` [tok] >= 1.
 
     ``leniency`` [1], if given, multiplies every conditional acceptance rate of a request: some texts are easier to
-    draft than others. The simulator clips the product at 1.
+    draft than others. The simulator clips the product at 1. ``longest_draft`` [tok], if given, limits the engine's
+    draft length for each request.
     """
 
     prompt_tokens: Int[np.ndarray, "n"]
     output_tokens: Int[np.ndarray, "n"]
     arrival_time: Float[np.ndarray, "n"] | None = None
     leniency: Float[np.ndarray, "n"] | None = None
+    longest_draft: Int[np.ndarray, "n"] | None = None
 
     def __post_init__(self):
         n = len(self.prompt_tokens)
-        for name in ("output_tokens", "arrival_time", "leniency"):
+        for name in ("output_tokens", "arrival_time", "leniency", "longest_draft"):
             values = getattr(self, name)
             if values is not None and len(values) != n:
                 raise InputError(f"{name}: got {len(values)} values for {n} requests; allowed: one each")

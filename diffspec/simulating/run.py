@@ -245,6 +245,8 @@ def _allocate(lanes: Sequence[Lane]) -> engine.Lanes:
         tokens[number, :n, engine.PROMPT] = tokens[number, :n, engine.TARGET] = prompt
         tokens[number, :n, engine.OUTPUT] = lane.requests.output_tokens
         tokens[number, :n, engine.CACHED] = np.minimum(np.floor(prompt * settings.prefix_hit_rate), prompt - 1)
+        longest = lane.requests.longest_draft
+        tokens[number, :n, engine.LONGEST_DRAFT] = settings.draft_length if longest is None else longest
         if lane.requests.leniency is not None:
             times[number, :n, engine.LENIENCY] = lane.requests.leniency
         if lane.requests.arrival_time is not None:
