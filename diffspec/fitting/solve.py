@@ -165,8 +165,15 @@ def _gauss_newton(lanes: Lanes) -> Callable[[], None]:
 _MEMORY = optax.scale_by_lbfgs(memory_size=20)
 
 
+def lbfgs_memory(vector):
+    """Optax's L-BFGS state of one lane that has not moved yet."""
+    return _MEMORY.init(vector)
+
+
 @jax.jit
-def _directions(gradients, state, vectors):
+def lbfgs_directions(gradients, state, vectors):
+    """Optax's L-BFGS direction of every lane [lanes, variables], downhill in any case, and the states after it."""
+
     def one(gradient, state, vector):
         with jax.numpy_dtype_promotion("standard"):
             update, state = _MEMORY.update(gradient, state, vector)
@@ -178,11 +185,11 @@ def _directions(gradients, state, vectors):
 
 
 def _lbfgs(lanes: Lanes) -> Callable[[], None]:
-    state = jax.vmap(_MEMORY.init)(jnp.asarray(lanes.x))
+    state = jax.vmap(lbfgs_memory)(jnp.asarray(lanes.x))
 
     def move() -> None:
         nonlocal state
-        direction, state = _directions(lanes.at.gradient, state, lanes.x)
+        direction, state = lbfgs_directions(lanes.at.gradient, state, lanes.x)
         direction = _shortened(np.array(direction))
         pending, step = lanes.active, np.ones(LANES)
         slope = np.sum(direction * lanes.at.gradient, axis=1)
