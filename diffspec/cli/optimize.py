@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from diffspec.cli.joint import JointOptions
 from diffspec.cli.options import (
     AsJson,
     Out,
@@ -22,6 +23,7 @@ from diffspec.cli.subject import SubjectOptions
 def command(
     subject: SubjectOptions,
     asked: WorkloadOptions,
+    joint: JointOptions,
     max_draft_length: Annotated[
         int, typer.Option("--max-draft-length", metavar="K", help="Longest draft to consider.")
     ] = 8,
@@ -47,13 +49,30 @@ def command(
 
     Example: diffspec optimize model.json --arrival-rate 0.5:6:0.5 --max-draft-length 8 --slo "ttft_mean<0.5"
 
-    Before any trace, or on other hardware: --verifier and --hardware as predict takes them.
+    Before any trace, or on other hardware: --verifier and --hardware as predict takes them. With --classes, --drafters
+    or --batch-caps the drafter, the draft length of each class and the batch cap are decided together at each load.
     """
+    if joint.template:
+        joint.print_template()
+        return
     prepare_jax()
     from diffspec.optimizing.optimize import optimize, optimize_unmeasured
     from diffspec.report import tables
 
     deployment, unmeasured = subject.find(asked, max_draft_length)
+    if joint.asked:
+        from diffspec.report import joint_tables
+
+        question = {"max_draft_length": max_draft_length, "slo": slo or [], "objective": objective}
+        with progress_bar("optimize") as progress:
+            answer, notes = joint.decide(deployment, asked, progress, **question)
+        note(notes)
+        note(answer["warnings"], "warning")
+        inputs = subject.inputs + joint.inputs
+        deliver(answer, joint_tables.joint, as_json=as_json, out=out, inputs=inputs)
+        if answer["outcome"] != "successful":
+            raise typer.Exit(1)
+        return
     loop, loads = asked.loads()
     prompt, output, notes = asked.lengths(deployment.measured)
     acceptance = asked.acceptance_model(None)

@@ -29,20 +29,24 @@ from jaxtyping import Float
 from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.fitting.solve import lbfgs_directions, lbfgs_memory
 
-ROUNDS, STEPS, WEIGHT, MOST_WEIGHT = 12, 40, 10.0, 1e6
+ROUNDS, STEPS, WEIGHT, MOST_WEIGHT = 12, 30, 10.0, 1e6
 TOLERANCE = 1e-5
 """Stationarity, complementarity and violation at which a lane is done."""
-BACKTRACKS = 12
+BACKTRACKS = 8
+HOPELESS = 3
+"""Rounds in a row that leave the violation within a tenth of the least: no point near keeps the limits."""
 
 
 class Solution(NamedTuple):
     """Where the lanes ended: ``x`` [lanes, variables] in [0, 1], ``value`` of f and ``excess`` [lanes, limits] there,
-    ``multipliers`` [lanes, limits], the conditions' residuals [lanes], and ``evaluations`` of all lanes at once."""
+    ``multipliers`` [lanes, limits], ``gradient`` of the Lagrangian [lanes, variables], the conditions' residuals
+    [lanes], and ``evaluations`` of all lanes at once."""
 
     x: Float[np.ndarray, "lanes variables"]
     value: Float[np.ndarray, "lanes"]
     excess: Float[np.ndarray, "lanes limits"]
     multipliers: Float[np.ndarray, "lanes limits"]
+    gradient: Float[np.ndarray, "lanes variables"]
     stationarity: Float[np.ndarray, "lanes"]
     complementarity: Float[np.ndarray, "lanes"]
     violation: Float[np.ndarray, "lanes"]
@@ -88,11 +92,12 @@ def minimise_within(
     weight = np.full(lanes, WEIGHT)
     limits = jax.eval_shape(function, *jax.tree.map(lambda leaf: leaf[0], (x, data)))[1].shape[0]
     multipliers = np.zeros((lanes, limits))
-    worst = np.full(lanes, np.inf)
+    worst, least, hopeless = np.full(lanes, np.inf), np.full(lanes, np.inf), np.zeros(lanes, dtype=int)
     done = np.zeros(lanes, dtype=bool)
     for number in range(rounds):
         at = evaluate(x, multipliers, weight)
-        x, at = _descend(x, at, done, partial(evaluate, multipliers=multipliers, weight=weight), steps, tolerance)
+        lagrangian = partial(evaluate, multipliers=multipliers, weight=weight)
+        x, at, stuck = _descend(x, at, done, lagrangian, steps, tolerance)
         value, excess = at[1], at[2]
         raised = np.maximum(multipliers + weight[:, None] * excess, 0.0)
         multipliers = np.where(done[:, None], multipliers, raised)
@@ -100,7 +105,12 @@ def minimise_within(
         complementarity = np.max(np.abs(multipliers * excess), axis=1, initial=0.0)
         # the gradient of the augmented Lagrangian is that of the Lagrangian at the raised multipliers
         stationarity = np.abs(x - np.clip(x - at[3], 0.0, 1.0)).max(axis=1)
-        done |= (violation <= tolerance) & (complementarity <= tolerance) & (stationarity <= 10.0 * tolerance)
+        # at a kink of f no step goes downhill though the gradient is not 0: that is an end too
+        ended = (stationarity <= 10.0 * tolerance) | stuck
+        done |= (violation <= tolerance) & (complementarity <= tolerance) & ended
+        hopeless = np.where(violation > np.maximum(0.9 * least, tolerance), hopeless + 1, 0)
+        least = np.minimum(least, violation)
+        done |= hopeless >= HOPELESS
         slow = ~done & (np.maximum(violation, complementarity) > 0.25 * worst)
         weight = np.where(slow, np.minimum(5.0 * weight, MOST_WEIGHT), weight)
         worst = np.maximum(violation, complementarity)
@@ -108,7 +118,7 @@ def minimise_within(
             progress((number + 1) / rounds)
         if done.all():
             break
-    return Solution(x, value, excess, multipliers, stationarity, complementarity, violation, evaluations)
+    return Solution(x, value, excess, multipliers, at[3], stationarity, complementarity, violation, evaluations)
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
@@ -128,7 +138,8 @@ def _evaluate(function, x, data, multipliers, weight):
 
 
 def _descend(x, at, done, evaluate, steps: int, tolerance: float):
-    """Lower the augmented Lagrangian of the lanes that are not ``done``."""
+    """Lower the augmented Lagrangian of the lanes that are not ``done``: (x, what is known there, lanes in which no
+    step goes downhill any more)."""
     memory = jax.vmap(lbfgs_memory)(jnp.asarray(x))
     still = np.zeros(len(x), dtype=int)
     for _ in range(steps):
@@ -156,7 +167,8 @@ def _descend(x, at, done, evaluate, steps: int, tolerance: float):
             if not pending.any():
                 break
             step = np.where(pending, 0.35 * step, step)
+        still[pending] = 2
         small = np.abs(at[0] - reached[0]) < 1e-9 * (1.0 + np.abs(at[0]))
-        still = np.where(active & small, still + 1, 0)
+        still = np.where(active & small, still + 1, np.where(active, 0, still))
         x, at = moved, reached
-    return x, at
+    return x, at, still >= 2

@@ -1,0 +1,111 @@
+"""Options of `diffspec optimize` for several classes of requests and a catalogue of drafters."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diffspec.cli.options import WorkloadOptions, parse_loads, read_model
+
+if TYPE_CHECKING:
+    from diffspec.fitting.deployment import FittedDeployment
+
+_PANEL = "Several classes, several drafters (decided together)"
+
+
+def _option(name: str, metavar: str, text: str) -> Any:
+    return typer.Option(name, metavar=metavar, help=text, rich_help_panel=_PANEL)
+
+
+@dataclasses.dataclass(frozen=True)
+class JointOptions:
+    """The options that make the decision a joint one; see :func:`diffspec.cli.options.with_options`."""
+
+    classes: Annotated[
+        Path | None, _option("--classes", "FILE.YAML", "Classes of requests that share the server; loads are of all.")
+    ] = None
+    drafters: Annotated[Path | None, _option("--drafters", "FILE.YAML", "A catalogue of drafters to choose from.")] = (
+        None
+    )
+    batch_caps: Annotated[str | None, _option("--batch-caps", "16,32,64", "Batch caps to choose from.")] = None
+    template: Annotated[
+        bool, typer.Option("--template", help="Print such files to start from, and exit.", rich_help_panel=_PANEL)
+    ] = False
+
+    @property
+    def asked(self) -> bool:
+        """True when one of them is given."""
+        return self.classes is not None or self.drafters is not None or self.batch_caps is not None
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files that are read, and must not be written."""
+        return tuple(path for path in (self.classes, self.drafters) if path is not None)
+
+    def print_template(self) -> None:
+        """Both files, commented, on stdout."""
+        from diffspec.optimizing.catalogue import CLASSES_EXAMPLE, DRAFTERS_EXAMPLE
+
+        print(f"# classes.yaml\n{CLASSES_EXAMPLE}---\n# drafters.yaml\n{DRAFTERS_EXAMPLE}", end="")
+
+    def decide(
+        self,
+        deployment: "FittedDeployment",
+        asked: WorkloadOptions,
+        progress: Callable[[str, float], None],
+        **question: Any,
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The answer of :func:`diffspec.optimizing.joint.optimize_jointly`, and notes on what was not given."""
+        from diffspec.optimizing.catalogue import RequestClass, parse_classes, parse_drafters
+        from diffspec.optimizing.joint import optimize_jointly
+        from diffspec.results import InputError
+
+        loop, loads = asked.loads()
+        if loop != "arrival_rate":
+            raise InputError(
+                "--concurrency: got a closed loop; allowed with --classes, --drafters, --batch-caps: --arrival-rate"
+            )
+        acceptance, notes = asked.acceptance_model(None), []
+        if self.classes is None:
+            prompt, output, notes = asked.lengths(deployment.measured)
+            classes = (RequestClass("all", 1.0, prompt, output, acceptance=acceptance, **asked.details()),)
+        else:
+            if asked.prompt_length is not None or asked.output_length is not None or asked.details():
+                raise InputError("--classes: lengths, --output-scv and --prefix-hit-rate are given in the file")
+            classes = parse_classes(_text(self.classes), str(self.classes))
+        drafters = ()
+        if self.drafters is not None:
+            folder = self.drafters.parent
+
+            def read(path: str):
+                return read_model(folder / path).deployment(asked.deployment)
+
+            drafters = parse_drafters(_text(self.drafters), str(self.drafters), read)
+        caps = [] if self.batch_caps is None else parse_loads(self.batch_caps, "--batch-caps")
+        if asked.max_batch_size is not None:
+            if caps:
+                raise InputError("batch cap: got --max-batch-size and --batch-caps; allowed: one of them")
+            caps = [asked.max_batch_size]
+        answer = optimize_jointly(
+            deployment,
+            loads=loads,
+            classes=classes,
+            drafters=drafters,
+            batch_caps=caps,
+            max_batched_tokens=asked.max_batched_tokens,
+            acceptance=acceptance,
+            progress=progress,
+            **question,
+        )
+        return answer, notes
+
+
+def _text(path: Path) -> str:
+    from diffspec.results import InputError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None

@@ -1,0 +1,147 @@
+"""A joint decision as plain data: points, relaxed solutions, shadow prices, and where the answer must be doubted."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from diffspec.analysis.plain import finite
+from diffspec.fitting.deployment import FittedDeployment
+from diffspec.optimizing.catalogue import RequestClass
+from diffspec.optimizing.constrained import Solution
+from diffspec.optimizing.joint_problem import Objective, excesses, over_all
+from diffspec.optimizing.joint_search import NO_CAP, Ranges, Scored
+
+TIED = 1e-3
+"""Shares of the range of draft lengths that are closer than this are one."""
+
+
+def value_of(goal: Objective, cost: float) -> float:
+    return float(np.exp(-cost if goal.text == "capacity" else cost))
+
+
+def point_told(point: Scored, classes, goal, shapes, count: int) -> dict[str, Any]:
+    of_class = {
+        one.name: {name: finite(values[0, number]) for name, values in point.metrics.items()}
+        for number, one in enumerate(classes)
+    }
+    of_all = {name: finite(over_all(name, values, shapes.share)[0]) for name, values in point.metrics.items()}
+    cap = float(point.points[0, count])
+    hidden = bool(point.saturated[0])
+    return {
+        "draft_lengths": {one.name: int(point.points[0, number]) for number, one in enumerate(classes)},
+        "max_batch_size": None if cap >= NO_CAP else cap,
+        "objective": None if hidden else finite(value_of(goal, point.cost[0])),
+        "metrics": {} if hidden else of_class | {"all": of_all},
+    }
+
+
+def relaxed_told(solution: Solution, lane: int, goal: Objective, classes, ranges: Ranges) -> dict[str, Any]:
+    """The reals and the conditions' residuals there. A step drafts as long as its longest draft: where lengths of
+    classes meet, the cost has a kink, and ``stationarity`` is that of moving them together (``tied`` names them)."""
+    count = len(classes)
+    x, gradient = solution.x[lane], solution.gradient[lane]
+    groups: list[list[int]] = []
+    for number in np.argsort(x[:count]):
+        near = bool(groups) and x[number] - x[groups[-1][-1]] < TIED
+        groups[-1].append(int(number)) if near else groups.append([int(number)])
+    groups += [[number] for number in range(count, len(x))]
+    residual = [abs(x[g[0]] - np.clip(x[g[0]] - gradient[g].sum(), 0.0, 1.0)) for g in groups]
+    cap = None
+    if len(ranges.caps) > 1:
+        cap = float(ranges.caps[0] * (ranges.caps[-1] / ranges.caps[0]) ** float(x[count]))
+    return {
+        "draft_lengths": {
+            one.name: float(1.0 + (ranges.longest - 1.0) * share) for one, share in zip(classes, x[:count], strict=True)
+        },
+        "max_batch_size": cap,
+        "objective": finite(value_of(goal, float(solution.value[lane]))),
+        "stationarity": float(max(residual)),
+        "tied": [[classes[number].name for number in sorted(group)] for group in groups if len(group) > 1],
+        "complementarity": float(solution.complementarity[lane]),
+        "violation": float(solution.violation[lane]),
+    }
+
+
+def shadow_prices(solution: Solution, lane: int, goal, limits, classes) -> list[dict[str, Any]]:
+    """Of each limit: whether it is active in the relaxed problem, and by how many percent one percent more room betters
+    the objective (an elasticity: the multiplier, since costs and excesses are logarithms). Empty where the relaxed
+    problem has no feasible point: no room has a price there."""
+    if solution.violation[lane] > 1e-3:
+        return []
+    told = []
+    for number, entry in enumerate(limits):
+        price, excess = float(solution.multipliers[lane, number]), float(solution.excess[lane, number])
+        upper = entry.limit.sign > 0
+        room = f"{'relaxing' if upper else 'lowering'} {entry.text(classes)} by 10 %"
+        gain = "raises" if goal.text == "capacity" else "lowers"
+        told.append(
+            {
+                "limit": entry.text(classes),
+                "active": price > 1e-3 and excess > -1e-2,
+                "elasticity": price,
+                "words": f"{room} {gain} {goal.text} by about {10 * price:.2g} %" if price > 1e-3 else "not active",
+            }
+        )
+    return told
+
+
+def violations(point: Scored, limits, classes, shapes, load) -> dict[str, Any]:
+    if point.saturated[0]:
+        capacity = float(over_all("capacity", point.metrics["capacity"], shapes.share)[0])
+        return {"capacity": {"value": finite(capacity), "bound": float(load), "shortfall": finite(load - capacity)}}
+    broken = {}
+    for entry, excess in zip(limits, excesses(limits, point.metrics, shapes.share), strict=True):
+        if float(np.asarray(excess)[0]) > 0:
+            values = point.metrics[entry.limit.metric]
+            value = (
+                over_all(entry.limit.metric, values, shapes.share)[0]
+                if entry.number is None
+                else values[0, entry.number]
+            )
+            broken[entry.text(classes)] = {"value": finite(value), "bound": entry.limit.bound}
+    return broken
+
+
+def class_told(one: RequestClass) -> dict[str, Any]:
+    names = ("name", "share", "prompt_length", "output_length", "output_scv", "prefix_hit_rate", "weight")
+    return {name: getattr(one, name) for name in names} | {"slo": [limit.text for limit in one.limits]}
+
+
+def merged(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Neighbouring loads with the same decision as one range."""
+    policy = []
+    for _, group in itertools.groupby(
+        table,
+        key=lambda entry: (
+            entry["feasible"],
+            entry["drafter"],
+            tuple(entry["draft_lengths"].values()),
+            entry["max_batch_size"],
+        ),
+    ):
+        entries = list(group)
+        names = ("feasible", "drafter", "draft_lengths", "max_batch_size", "objective", "speedup", "headroom")
+        policy.append(
+            {"load_from": entries[0]["load"], "load_to": entries[-1]["load"]} | {n: entries[-1][n] for n in names}
+        )
+    return policy
+
+
+def caveats(own: FittedDeployment, arms, classes, loads, longest) -> list[str]:
+    notes = []
+    for arm in arms:
+        for one in classes:
+            for load in (loads[0], loads[-1]):
+                fields = {"arrival_rate": load, "prompt_length": one.prompt_length, "output_length": one.output_length}
+                for note in arm.deployment.caveats(longest, fields):
+                    told = f"class {one.name}: {note}"
+                    notes += [told] if told not in notes else []
+    if not own.plain_measured:
+        notes.append("no k = 0 row was fitted: draft_length 0 is no candidate and no speedup is told")
+    if len(classes) > 1:
+        notes.append(
+            "engines draft equally for all requests of a batch today: 'common' is the best such choice; a draft length "
+            "by class needs an engine that takes one per request"
+        )
+    return notes

@@ -1,0 +1,185 @@
+"""The joint problem as functions: what a point (draft lengths, batch cap, drafter size) costs, and which limits it
+keeps, for one drafter at one load.
+
+A point is (draft_length of each class, max_batch_size, log of the drafter's size); its cost is
+
+    log sum over classes of share*weight*metric, or a weighted sum of metrics; minus log capacity for ``capacity``
+
+and limits are log excesses, of one class or of the mean over requests. The same functions serve the relaxed solver
+(reals, gradients) and the exact evaluation (whole numbers, many at once).
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffspec.acceptance import AbstractAcceptance, ConstantAcceptance
+from diffspec.analysis.answers import METRICS
+from diffspec.analysis.plain import FAST_COMPILE
+from diffspec.configuration import Configuration
+from diffspec.optimizing.catalogue import RequestClass
+from diffspec.optimizing.limits import Limit, check_objective
+from diffspec.results import RESULTS, InputError
+from diffspec.serving import ServingModel
+from diffspec.workload import Workload
+
+SERVER_WIDE = ("throughput", "utilization", "capacity")
+"""Metrics that classes do not have each of their own: sums, or the same for all."""
+_TERM = re.compile(r"^\s*(?:([0-9.eE+-]+)\s*\*)?\s*([A-Za-z0-9_]+)\s*$")
+CHUNK = 512
+"""Points that one call evaluates."""
+
+
+class Objective(NamedTuple):
+    """``terms``: (factor, metric), added; a single ``capacity`` is made large, everything else small."""
+
+    text: str
+    terms: tuple[tuple[float, str], ...]
+
+
+class ClassLimit(NamedTuple):
+    """A limit of the class of this number, or of the mean over requests (None)."""
+
+    number: int | None
+    limit: Limit
+
+    def text(self, classes: Sequence[RequestClass]) -> str:
+        """As a user reads it, such as ``chat: tpot_mean<0.05``."""
+        return self.limit.text if self.number is None else f"{classes[self.number].name}: {self.limit.text}"
+
+
+class Drafted(NamedTuple):
+    """One drafter on one server, as arrays: the serving model, the acceptance of each class, (a, b) of an acceptance
+    that follows the size (None: it does not), and what the configuration takes from the deployment."""
+
+    serving: ServingModel
+    acceptances: tuple[AbstractAcceptance, ...]
+    by_size: Any
+    reference_size: Any
+    draft_probability: Any
+    kv_capacity_tokens: Any
+    max_batched_tokens: Any
+
+
+class Shapes(NamedTuple):
+    """Of each class: share, weight and the fields of its workload, arrays [classes]."""
+
+    share: Any
+    weight: Any
+    prompt_length: Any
+    output_length: Any
+    output_scv: Any
+    prefix_hit_rate: Any
+
+
+def parse_objective(text: str) -> Objective:
+    """``e2e_mean``, ``0.7*e2e_mean+0.3*ttft_mean`` (seconds), or ``capacity``.
+
+    >>> parse_objective("0.7*e2e_mean + 0.3*ttft_mean").terms
+    ((0.7, 'e2e_mean'), (0.3, 'ttft_mean'))
+    """
+    if text.strip() == "capacity":
+        return Objective("capacity", ((1.0, "capacity"),))
+    terms = []
+    for part in text.split("+"):
+        match = _TERM.match(part)
+        if match is None:
+            raise InputError(
+                f"objective: got {text!r}; allowed: a metric, or a sum such as '0.7*e2e_mean+0.3*ttft_mean'"
+            )
+        factor = float(match[1] or 1.0)
+        check_objective(match[2])
+        if match[2] == "throughput":
+            raise InputError("objective: got 'throughput', which in an open loop is the load; allowed: capacity")
+        if not (math.isfinite(factor) and factor > 0):
+            raise InputError(f"objective: got the factor {match[1]!r}; allowed: above 0")
+        terms.append((factor, match[2]))
+    return Objective(text, tuple(terms))
+
+
+def shapes_of(classes: Sequence[RequestClass]) -> Shapes:
+    """The classes as arrays."""
+    return Shapes(*(np.asarray([float(getattr(one, name)) for one in classes]) for name in Shapes._fields))
+
+
+def predicted(drafted: Drafted, shapes: Shapes, load, point):
+    """(metrics [classes] by name, overload, saturated) of one point at a total arrival rate ``load`` [req/s]."""
+    count = len(drafted.acceptances)
+    lengths, cap, size = point[:count], point[count], point[count + 1]
+    acceptances = drafted.acceptances
+    if drafted.by_size is not None:
+        start, slope = drafted.by_size
+        acceptances = (ConstantAcceptance(jax.nn.sigmoid(start + slope * size)),) * count
+    workloads = [
+        Workload(
+            shapes.prompt_length[c],
+            shapes.output_length[c],
+            arrival_rate=load * shapes.share[c],
+            output_scv=shapes.output_scv[c],
+            prefix_hit_rate=shapes.prefix_hit_rate[c],
+        )
+        for c in range(count)
+    ]
+    configs = [
+        Configuration(
+            lengths[c],
+            acceptances[c],
+            max_batch_size=cap,
+            kv_capacity_tokens=drafted.kv_capacity_tokens,
+            max_batched_tokens=drafted.max_batched_tokens,
+            draft_probability=drafted.draft_probability,
+            drafter_scale=jnp.exp(size) / drafted.reference_size,
+        )
+        for c in range(count)
+    ]
+    found = drafted.serving.predict_classes(workloads, configs)
+    metrics = {name: getattr(found, field) for name, field in METRICS.items()}
+    return metrics, found.overload[0], (found.result == RESULTS.saturated)[0]
+
+
+def over_all(name: str, values, share):
+    """A metric of all requests: their mean; capacity and throughput add up, utilization is the same for all."""
+    if name in ("capacity", "throughput"):
+        return values.sum(-1)
+    return values[..., 0] if name == "utilization" else (values * share).sum(-1)
+
+
+def cost_of(objective: Objective, metrics, shapes: Shapes):
+    """log of what is minimised, from metrics [..., classes]; numpy or JAX arrays."""
+    if objective.terms[0][1] == "capacity":
+        return -jnp.log(over_all("capacity", metrics["capacity"], shapes.share))
+    weight = shapes.share * shapes.weight
+    total = sum(factor * (metrics[name] * weight).sum(-1) for factor, name in objective.terms)
+    return jnp.log(total / weight.sum())
+
+
+def excesses(limits: Sequence[ClassLimit], metrics, share) -> list:
+    """Log excess of every limit."""
+    found = []
+    for number, limit in limits:
+        values = metrics[limit.metric]
+        found.append(limit.excess(over_all(limit.metric, values, share) if number is None else values[..., number]))
+    return found
+
+
+@partial(jax.jit, compiler_options=FAST_COMPILE)
+def _many(drafted: Drafted, shapes: Shapes, load, points):
+    return jax.vmap(lambda point: predicted(drafted, shapes, load, point))(points)
+
+
+def evaluate_points(drafted: Drafted, shapes: Shapes, load: float, points: np.ndarray):
+    """(metrics [points, classes] by name, saturated [points]) of many points, :data:`CHUNK` a call."""
+    parts = []
+    for first in range(0, len(points), CHUNK):
+        chunk = points[first : first + CHUNK]
+        padded = np.concatenate([chunk, np.repeat(chunk[-1:], CHUNK - len(chunk), axis=0)])
+        metrics, _, saturated = _many(drafted, shapes, float(load), padded)
+        parts.append((metrics, saturated))
+    metrics, saturated = jax.tree.map(lambda *chunks: np.concatenate(chunks)[: len(points)], *parts)
+    return metrics, saturated

@@ -1,0 +1,78 @@
+"""Tables of a joint decision: several classes of requests, a catalogue of drafters."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from diffspec.report.numbers import metric_value, percent, significant
+from diffspec.report.tables import table
+
+SHOWN = ("ttft_mean", "tpot_mean", "e2e_mean")
+
+
+def joint(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What `diffspec optimize --classes` says: the decision at each load, what each class gets, and limits' prices."""
+    rows, by_class, prices = [], [], []
+    for entry in answer["table"]:
+        lengths = ", ".join(f"{name} {length}" for name, length in entry["draft_lengths"].items())
+        cap = entry["max_batch_size"]
+        common = entry["common"]
+        rows.append(
+            (
+                f"{entry['load']:g}",
+                _drafter(entry),
+                lengths,
+                "none" if cap is None else f"{cap:g}",
+                _objective(answer["objective"], entry["objective"]),
+                significant(entry["speedup"]),
+                percent(entry["headroom"]),
+                f"{common['drafter']} {common['draft_length']}: {_objective(answer['objective'], common['objective'])}",
+            )
+        )
+        for name in entry["draft_lengths"] if entry["metrics"] else ():
+            metrics = entry["metrics"][name]
+            by_class.append((f"{entry['load']:g}", name, *(metric_value(shown, metrics[shown]) for shown in SHOWN)))
+        prices += [
+            f"at {entry['load']:g} req/s {price['words']}" for price in entry["shadow_prices"] if price["active"]
+        ]
+    columns = (
+        "load",
+        "drafter",
+        "draft length",
+        "batch cap",
+        answer["objective"],
+        "speedup",
+        "headroom",
+        "one for all",
+    )
+    yield table(f"joint decision by load: {answer['outcome']}", columns, rows, left=3)
+    yield table("what each class gets", ("load", "class", *SHOWN), by_class, left=2)
+    for line in prices:
+        yield Text(line)
+    for entry in answer["table"]:
+        for limit, broken in entry["violations"].items():
+            value = significant(broken["value"])
+            yield Text(f"at {entry['load']:g} req/s {limit} fails: {value}, allowed {significant(broken['bound'])}")
+    sizes = [entry for entry in answer["table"] if entry["drafter_size"]]
+    if sizes:
+        told = "; ".join(
+            f"{entry['load']:g}: {significant(entry['drafter_size']['drafter_params'])} parameters "
+            f"(acceptance rate {significant(entry['drafter_size']['acceptance_rate'])})"
+            for entry in sizes
+        )
+        yield Text(f"best size between those of the catalogue, by load: {told}")
+    if answer["optimality_gap"] is not None:
+        how = "exhaustive search" if answer["table"][0]["exhaustive"] else "the best neighbour"
+        yield Text(f"the relaxation, rounded and improved, is within {percent(answer['optimality_gap'])} of {how}")
+
+
+def _drafter(entry: Mapping[str, Any]) -> str:
+    if not entry["feasible"]:
+        return "none will do"
+    return entry["drafter"] if any(entry["draft_lengths"].values()) else "no speculation"
+
+
+def _objective(text: str, value: float | None) -> str:
+    return significant(value) if text == "capacity" else metric_value("e2e_mean", value)

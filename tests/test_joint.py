@@ -1,0 +1,293 @@
+"""The joint decision: against brute force written out, SciPy's SLSQP, and differences of the optimum itself."""
+
+import itertools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from diffspec.acceptance import ConstantAcceptance
+from diffspec.analysis.plain import FAST_COMPILE
+from diffspec.cli import main
+from diffspec.configuration import Configuration
+from diffspec.drafters import DraftCost
+from diffspec.fitting.deployment import FittedDeployment, FittedModel
+from diffspec.optimizing.catalogue import (
+    CLASSES_EXAMPLE,
+    DRAFTERS_EXAMPLE,
+    DrafterChoice,
+    RequestClass,
+    parse_classes,
+    parse_drafters,
+)
+from diffspec.optimizing.constrained import minimise_within
+from diffspec.optimizing.joint import optimize_jointly
+from diffspec.optimizing.joint_problem import cost_of, parse_objective, shapes_of
+from diffspec.optimizing.limits import parse_limit
+from diffspec.results import InputError
+from diffspec.serving import ServingModel
+from diffspec.step_time import RooflineStepTime
+from diffspec.workload import Workload
+
+STEP = RooflineStepTime(
+    weight_read=6e-3,
+    token_compute=4e-5,
+    kv_read=6e-8,
+    step_overhead=1e-3,
+    prefill_token=2e-5,
+    draft=DraftCost(pass_base=8e-4, pass_sequence=1e-5),
+)
+CHAT = RequestClass("chat", 0.7, 300.0, 200.0, acceptance=ConstantAcceptance(0.65))
+CODE = RequestClass("code", 0.3, 800.0, 100.0, acceptance=ConstantAcceptance(0.9))
+SMALL = DrafterChoice("small", 0.5e9, by_class={"chat": ConstantAcceptance(0.55), "code": ConstantAcceptance(0.8)})
+LARGE = DrafterChoice("large", 2e9, by_class={"chat": ConstantAcceptance(0.7), "code": ConstantAcceptance(0.92)})
+LONGEST, LOADS = 5, (2.0, 12.0)
+
+
+@pytest.fixture(scope="module")
+def deployment():
+    serving = jax.tree.map(jnp.asarray, ServingModel(STEP, first_token_steps=1.5))
+    defaults = {"max_batch_size": 48.0, "drafter_params": 1e9}
+    measured = {"draft_lengths": [0, 1, 3, 5], "arrival_rate": [1.0, 20.0], "concurrency": None}
+    measured |= {"prompt_length": [100.0, 2000.0], "output_length": [50.0, 400.0]}
+    return FittedDeployment("synthetic", "roofline", serving, None, defaults, measured, {"rows": 1})
+
+
+@pytest.fixture(scope="module")
+def answer(deployment):
+    limited = RequestClass(**{**vars(CODE), "limits": (parse_limit("ttft_mean<0.075"),)})
+    return optimize_jointly(
+        deployment,
+        loads=LOADS,
+        classes=(CHAT, limited),
+        drafters=(SMALL, LARGE),
+        max_draft_length=LONGEST,
+        batch_caps=(8.0, 48.0),
+    )
+
+
+@pytest.fixture(scope="module")
+def brute(deployment):
+    """load -> [(cost, ttft of code, drafter, lengths, cap)] of every whole point, without the code under test."""
+
+    @jax.jit
+    def point(load, lengths, cap, rates, scale):
+        workloads = [
+            Workload(one.prompt_length, one.output_length, arrival_rate=load * one.share) for one in (CHAT, CODE)
+        ]
+        configs = [
+            Configuration(lengths[c], ConstantAcceptance(rates[c]), max_batch_size=cap, drafter_scale=scale)
+            for c in range(2)
+        ]
+        return deployment.serving.predict_classes(workloads, configs)
+
+    many = jax.jit(jax.vmap(point, (None, 0, 0, None, None)), compiler_options=FAST_COMPILE)
+    points = list(itertools.product(range(LONGEST + 1), range(LONGEST + 1), (8.0, 48.0)))
+    columns = np.asarray(points, dtype=float)
+
+    def at(load):
+        found = []
+        for choice in (SMALL, LARGE):
+            rates = jnp.asarray([choice.by_class[name].acceptance_rate for name in ("chat", "code")])
+            result = many(load, columns[:, :2], columns[:, 2], rates, choice.drafter_params / 1e9)
+            cost = np.asarray(result.e2e_latency) @ [0.7, 0.3]
+            cost = np.where(np.asarray(result.overload)[:, 0] > 0, np.inf, cost)
+            found += [
+                (cost[i], float(result.ttft[i, 1]), choice.name, points[i][:2], points[i][2])
+                for i in range(len(points))
+            ]
+        return found
+
+    return at
+
+
+def test_the_joint_decision_is_the_best_of_all(answer, brute):
+    json.dumps(answer, allow_nan=False)
+    assert answer["outcome"] == "successful" and answer["limits"] == ["code: ttft_mean<0.075"]
+    for entry in answer["table"]:
+        every = brute(entry["load"])
+        kept = [row for row in every if row[1] <= 0.075 and np.isfinite(row[0])]
+        best = min(kept)
+        assert entry["feasible"] and entry["exhaustive"]
+        assert entry["objective"] == pytest.approx(best[0], rel=1e-9)
+        chosen = (entry["drafter"], tuple(entry["draft_lengths"].values()), entry["max_batch_size"])
+        same = [row for row in kept if row[2:] == chosen]
+        assert same and same[0][0] == pytest.approx(best[0], rel=1e-9)
+        alike = min(row for row in kept if row[3][0] == row[3][1])
+        assert entry["common"]["objective"] == pytest.approx(alike[0], rel=1e-9)
+        assert entry["objective"] <= alike[0] * (1 + 1e-12)
+        assert entry["metrics"]["code"]["ttft_mean"] == pytest.approx(same[0][1], rel=1e-9)
+        assert 0.0 <= entry["optimality_gap"] < 0.01
+        assert entry["evaluated"] > len(every)
+    low, high = answer["table"]
+    assert low["speedup"] > high["speedup"] > 1.0
+
+
+def test_reals_are_no_worse_than_whole_lengths_and_keep_the_conditions(answer):
+    for entry in answer["table"]:
+        told = entry["relaxed"]
+        if told["violation"] < 1e-3 and min(entry["draft_lengths"].values()) > 0:
+            assert told["objective"] < entry["objective"] * 1.003
+        assert told["complementarity"] < 1e-3
+        assert entry["drafter_size"] is None  # acceptance by class tells no relation to size
+
+
+def test_shadow_prices_are_derivatives_of_the_optimum(deployment):
+    """With a limit of ttft that binds: relaxing it by 1 % betters the relaxed objective by the price."""
+
+    def solve(bound):
+        found = optimize_jointly(
+            deployment,
+            loads=[11.0],
+            classes=(CHAT,),
+            max_draft_length=LONGEST,
+            slo=[f"ttft_mean<{bound}"],
+        )
+        return found["table"][0]
+
+    free = optimize_jointly(deployment, loads=[11.0], classes=(CHAT,), max_draft_length=LONGEST)["table"][0]
+    bound = 0.985 * free["metrics"]["all"]["ttft_mean"]
+    entries = [solve(bound * factor) for factor in (0.995, 1.0, 1.005)]
+    (price,) = entries[1]["shadow_prices"]
+    low, middle, high = (entry["relaxed"]["objective"] for entry in entries)
+    assert price["active"] and "relaxing ttft_mean" in price["words"]
+    assert low > middle > high
+    assert price["elasticity"] == pytest.approx(-math.log(high / low) / math.log(1.005 / 0.995), rel=0.1)
+    assert max(entries[1]["relaxed"][name] for name in ("stationarity", "complementarity", "violation")) < 1e-3
+
+
+def test_what_cannot_be_kept_is_told_with_numbers(deployment):
+    asked = {"classes": (CHAT, CODE), "max_draft_length": 3, "slo": ["tpot_mean<0.0001", "ttft_mean<9"]}
+    never = optimize_jointly(deployment, loads=[2.0], **asked)
+    (entry,) = never["table"]
+    assert never["outcome"] == "infeasible" and not entry["feasible"] and entry["optimality_gap"] is None
+    assert list(entry["violations"]) == ["tpot_mean<0.0001"] and entry["violations"]["tpot_mean<0.0001"]["value"] > 1e-3
+    assert entry["shadow_prices"] == []
+    flood = optimize_jointly(deployment, loads=[500.0], **asked)
+    told = flood["infeasible"]["capacity"]
+    assert flood["outcome"] == "saturated" and told["shortfall"] == pytest.approx(500.0 - told["value"])
+    json.dumps([never, flood], allow_nan=False)
+
+
+def test_capacity_is_made_large(deployment):
+    """The largest capacity of all draft lengths, as predict tells it."""
+    roomy = optimize_jointly(deployment, loads=[4.0], classes=(CHAT,), max_draft_length=4, objective="capacity")
+    load = Workload(CHAT.prompt_length, CHAT.output_length, arrival_rate=4.0)
+
+    @jax.jit
+    def capacity(length):
+        config = Configuration(length, CHAT.acceptance, max_batch_size=48.0)
+        return deployment.serving.predict(load, config).capacity
+
+    most = max(float(capacity(float(k))) for k in range(5))
+    assert roomy["table"][0]["objective"] == pytest.approx(most, rel=1e-9)
+
+
+def test_a_weighted_objective_is_the_weighted_mean():
+    shapes = shapes_of((CHAT, RequestClass(**{**vars(CODE), "weight": 2.0})))
+    metrics = {"e2e_mean": np.asarray([[1.0, 2.0]]), "ttft_mean": np.asarray([[0.1, 0.4]])}
+    found = np.exp(cost_of(parse_objective("0.5*e2e_mean+2*ttft_mean"), metrics, shapes))
+    assert found[0] == pytest.approx((0.7 * (0.5 + 0.2) + 0.6 * (1.0 + 0.8)) / 1.3, rel=1e-12)
+
+
+def test_the_best_size_lies_between_the_catalogues(deployment):
+    """Along logit(acceptance) = a + b*log(size) the real size is at least as good as the sizes it is drawn through."""
+    family = [
+        DrafterChoice(f"{s:g}", s * 1e9, ConstantAcceptance(a)) for s, a in ((0.25, 0.45), (1.0, 0.7), (4.0, 0.87))
+    ]
+    found = optimize_jointly(deployment, loads=[4.0], classes=(CHAT,), drafters=family, max_draft_length=6)
+    size = found["table"][0]["drafter_size"]
+    assert 0.25e9 < size["drafter_params"] < 4e9 and 0.45 < size["acceptance_rate"] < 0.87
+    assert size["objective"] < found["table"][0]["objective"] * 1.01
+
+
+def test_the_solver_agrees_with_slsqp():
+    def problem(x, shift):
+        y = 3.0 * x - 1.5
+        value = jnp.sum((y - shift) ** 2) + 0.3 * jnp.sum(y[1:] * y[:-1])
+        return value, jnp.stack([jnp.sum(y**2) - 2.0, y[0] + y[1] - 0.4])
+
+    shifts = np.asarray([0.2, 0.9, 1.4])
+    found = minimise_within(problem, np.full((3, 5), 0.4), shifts)
+    for lane, shift in enumerate(shifts):
+        peer = minimize(
+            lambda x, shift=shift: float(problem(jnp.asarray(x), shift)[0]),
+            np.full(5, 0.4),
+            bounds=[(0, 1)] * 5,
+            constraints=[
+                {"type": "ineq", "fun": lambda x, shift=shift: -np.asarray(problem(jnp.asarray(x), shift)[1])}
+            ],
+            method="SLSQP",
+            options={"ftol": 1e-12},
+        )
+        assert found.value[lane] == pytest.approx(peer.fun, rel=1e-4, abs=1e-6)
+        assert found.violation[lane] < 1e-5 and found.complementarity[lane] < 1e-4
+        assert found.stationarity[lane] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("classes:\n- name: a\n  share: 1\n  prompt_length: 10\n", "output_length is missing"),
+        ("classes:\n- {name: a, prompt_length: 10, output_length: 0}", "output_length: got 0"),
+        ("classes:\n- {name: a, prompt_length: ten, output_length: 5}", "prompt_length: got 'ten'"),
+        ("classes:\n- {name: a, prompt: 10}", "got prompt; allowed: name"),
+        ("[1, 2", "not YAML"),
+        ("classes: 3", "got no list"),
+        (
+            "- {name: a, prompt_length: 1, output_length: 2}\n- {name: a, prompt_length: 1, output_length: 2}",
+            "two entries",
+        ),
+        ("- {name: a, prompt_length: 1, output_length: 2, acceptance_rate: 70}", "acceptance_rate: got 70"),
+        ("- {name: a, prompt_length: 1, output_length: 2, slo: ['ttft<1']}", "unknown metric"),
+    ],
+)
+def test_classes_that_cannot_be_read_are_refused(text, sentence):
+    with pytest.raises(InputError, match=sentence):
+        parse_classes(text)
+
+
+def test_drafters_and_objectives_that_cannot_be_read_are_refused(deployment):
+    for text, sentence in (
+        ("- {name: a, model: m.json, drafter_params: 1}", "model and drafter_params"),
+        ("- {name: a, acceptance_rate: 0.5, position_acceptance: 0.5}", "one of them"),
+        ("- {name: a, model: m.json}", "path of a fitted model"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            parse_drafters(text)
+    for text in ("e2e", "2*", "0*e2e_mean", "throughput"):
+        with pytest.raises(InputError):
+            parse_objective(text)
+    stranger = DrafterChoice("x", by_class={"poetry": ConstantAcceptance(0.5)})
+    with pytest.raises(InputError, match="allowed classes: chat"):
+        optimize_jointly(deployment, loads=[1.0], classes=(CHAT,), drafters=(stranger,))
+    with pytest.raises(InputError, match="increasing"):
+        optimize_jointly(deployment, loads=[2.0, 1.0], classes=(CHAT,))
+
+
+def test_the_command_decides_jointly(deployment, tmp_path, capsys):
+    assert main(["optimize", "--template"]) == 0
+    first, second = capsys.readouterr().out.split("---\n")
+    assert CLASSES_EXAMPLE in first and DRAFTERS_EXAMPLE in second
+    (tmp_path / "classes.yaml").write_text(first)
+    (tmp_path / "drafters.yaml").write_text(second)
+    model = FittedModel({deployment.name: deployment}, "0" * 64, {})
+    (tmp_path / "model.json").write_text(model.to_json())
+    (tmp_path / "eagle.json").write_text(model.to_json())
+    command = ["optimize", str(tmp_path / "model.json"), "--arrival-rate", "2,8", "--max-draft-length", "3"]
+    command += ["--classes", str(tmp_path / "classes.yaml"), "--drafters", str(tmp_path / "drafters.yaml")]
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["drafters"] == ["small", "large", "eagle"] and [entry["load"] for entry in told["table"]] == [2.0, 8.0]
+    assert set(told["table"][0]["draft_lengths"]) == {"chat", "code"}
+    assert main([*command, "--out", str(tmp_path / "answer.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "joint decision by load" in shown and "what each class gets" in shown
+    assert json.loads((tmp_path / "answer.json").read_text())["table"] == told["table"]
+    assert main([*command, "--prompt-length", "10"]) == 2
+    assert main(["optimize", str(tmp_path / "model.json"), "--concurrency", "4", "--batch-caps", "8,16"]) == 2
+    assert "closed loop" in capsys.readouterr().err
