@@ -12,12 +12,16 @@ Rockafellar; Nocedal and Wright, Numerical Optimization, ch. 17). At a solution 
     complementarity  largest |multiplier_j*c_j|
     violation        largest max(0, c_j)
 
-and -multiplier_j is the derivative of the least f by the bound of limit j (its shadow price). A lane is one start, or
+Coordinates that are ``alike`` may enter f by the largest of them, which has a kink where they meet: there no step along
+the gradient goes downhill though moving them together does, so that is tried next, and stationarity is that of moving
+them together.
+
+And -multiplier_j is the derivative of the least f by the bound of limit j (its shadow price). A lane is one start, or
 one load, or both; every lane has its own ``data``. The loop runs in Python: one program is compiled, for the value, the
 limits and their gradient, and every evaluation of it is counted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,20 +37,20 @@ ROUNDS, STEPS, WEIGHT, MOST_WEIGHT = 12, 30, 10.0, 1e6
 TOLERANCE = 1e-5
 """Stationarity, complementarity and violation at which a lane is done."""
 BACKTRACKS = 8
+TIED = 1e-3
+"""Coordinates that are alike and closer than this meet."""
 HOPELESS = 3
 """Rounds in a row that leave the violation within a tenth of the least: no point near keeps the limits."""
 
 
 class Solution(NamedTuple):
     """Where the lanes ended: ``x`` [lanes, variables] in [0, 1], ``value`` of f and ``excess`` [lanes, limits] there,
-    ``multipliers`` [lanes, limits], ``gradient`` of the Lagrangian [lanes, variables], the conditions' residuals
-    [lanes], and ``evaluations`` of all lanes at once."""
+    ``multipliers`` [lanes, limits], the conditions' residuals [lanes], and ``evaluations`` of all lanes at once."""
 
     x: Float[np.ndarray, "lanes variables"]
     value: Float[np.ndarray, "lanes"]
     excess: Float[np.ndarray, "lanes limits"]
     multipliers: Float[np.ndarray, "lanes limits"]
-    gradient: Float[np.ndarray, "lanes variables"]
     stationarity: Float[np.ndarray, "lanes"]
     complementarity: Float[np.ndarray, "lanes"]
     violation: Float[np.ndarray, "lanes"]
@@ -68,6 +72,7 @@ def minimise_within(
     rounds: int = ROUNDS,
     steps: int = STEPS,
     tolerance: float = TOLERANCE,
+    alike: Sequence[int] = (),
     progress: Callable[[float], None] | None = None,
 ) -> Solution:
     """Minimise ``function(x, data)`` -> (f, c [limits]) from each start; ``data``: a pytree with an axis of lanes.
@@ -97,14 +102,14 @@ def minimise_within(
     for number in range(rounds):
         at = evaluate(x, multipliers, weight)
         lagrangian = partial(evaluate, multipliers=multipliers, weight=weight)
-        x, at, stuck = _descend(x, at, done, lagrangian, steps, tolerance)
+        x, at, stuck = _descend(x, at, done, lagrangian, steps, tolerance, alike)
         value, excess = at[1], at[2]
         raised = np.maximum(multipliers + weight[:, None] * excess, 0.0)
         multipliers = np.where(done[:, None], multipliers, raised)
         violation = np.max(np.maximum(excess, 0.0), axis=1, initial=0.0)
         complementarity = np.max(np.abs(multipliers * excess), axis=1, initial=0.0)
         # the gradient of the augmented Lagrangian is that of the Lagrangian at the raised multipliers
-        stationarity = np.abs(x - np.clip(x - at[3], 0.0, 1.0)).max(axis=1)
+        stationarity = np.abs(x - np.clip(x - _together(x, at[3], alike)[1], 0.0, 1.0)).max(axis=1)
         # at a kink of f no step goes downhill though the gradient is not 0: that is an end too
         ended = (stationarity <= 10.0 * tolerance) | stuck
         done |= (violation <= tolerance) & (complementarity <= tolerance) & ended
@@ -118,7 +123,7 @@ def minimise_within(
             progress((number + 1) / rounds)
         if done.all():
             break
-    return Solution(x, value, excess, multipliers, at[3], stationarity, complementarity, violation, evaluations)
+    return Solution(x, value, excess, multipliers, stationarity, complementarity, violation, evaluations)
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
@@ -137,38 +142,68 @@ def _evaluate(function, x, data, multipliers, weight):
     return jax.vmap(one)(x, data, multipliers, weight)
 
 
-def _descend(x, at, done, evaluate, steps: int, tolerance: float):
+def tied_groups(x: np.ndarray, alike: Sequence[int]) -> list[list[int]]:
+    """The coordinates ``alike`` of one x, in groups that lie within :data:`TIED` of each other."""
+    groups: list[list[int]] = []
+    for number in sorted(alike, key=lambda number: x[number]):
+        if groups and x[number] - x[groups[-1][-1]] < TIED:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
+
+
+def _together(x, gradient, alike: Sequence[int]):
+    """x with coordinates that meet put to their mean, and the gradient of moving them together, shared by each."""
+    x, gradient = x.copy(), gradient.copy()
+    for lane in range(len(x)):
+        for group in tied_groups(x[lane], alike):
+            x[lane, group] = x[lane, group].mean()
+            gradient[lane, group] = gradient[lane, group].sum()
+    return x, gradient
+
+
+def _descend(x, at, done, evaluate, steps: int, tolerance: float, alike: Sequence[int]):
     """Lower the augmented Lagrangian of the lanes that are not ``done``: (x, what is known there, lanes in which no
     step goes downhill any more)."""
-    memory = jax.vmap(lbfgs_memory)(jnp.asarray(x))
+    memories = [jax.vmap(lbfgs_memory)(jnp.asarray(x)) for _ in range(2)]
     still = np.zeros(len(x), dtype=int)
     for _ in range(steps):
-        gradient = at[3]
-        held = ((x <= 0.0) & (gradient > 0)) | ((x >= 1.0) & (gradient < 0))
-        free = np.where(held, 0.0, gradient)
-        active = ~done & (still < 2) & (np.abs(x - np.clip(x - gradient, 0.0, 1.0)).max(axis=1) > tolerance)
+        active = ~done & (still < 2) & (np.abs(x - np.clip(x - at[3], 0.0, 1.0)).max(axis=1) > tolerance)
         if not active.any():
             break
-        direction, memory = lbfgs_directions(jnp.asarray(free), memory, jnp.asarray(x))
-        direction = np.where(held, 0.0, np.array(direction))
-        longest = np.abs(direction).max(axis=1, keepdims=True)
-        direction = direction * np.minimum(1.0, 0.5 / np.maximum(longest, 1e-300))
-        pending, step = active.copy(), np.ones(len(x))
-        moved, reached = x.copy(), tuple(part.copy() for part in at)
-        for _ in range(BACKTRACKS):
-            trial = np.where(pending[:, None], np.clip(x + step[:, None] * direction, 0.0, 1.0), moved)
-            found = evaluate(trial)
-            gain = np.sum(gradient * (trial - x), axis=1)
-            better = pending & np.isfinite(found[0]) & (found[0] <= at[0] + 1e-4 * gain)
-            moved[better] = trial[better]
-            for old, new in zip(reached, found, strict=True):
-                old[better] = new[better]
-            pending &= ~better
-            if not pending.any():
-                break
-            step = np.where(pending, 0.35 * step, step)
+        before = at[0]
+        pending = active
+        for number, (start, gradient) in enumerate([(x, at[3]), _together(x, at[3], alike)][: 1 + (len(alike) > 1)]):
+            held = ((start <= 0.0) & (gradient > 0)) | ((start >= 1.0) & (gradient < 0))
+            free = np.where(held, 0.0, gradient)
+            direction, memories[number] = lbfgs_directions(jnp.asarray(free), memories[number], jnp.asarray(start))
+            direction = np.where(held, 0.0, np.array(direction))
+            longest = np.abs(direction).max(axis=1, keepdims=True)
+            direction = direction * np.minimum(1.0, 0.5 / np.maximum(longest, 1e-300))
+            if pending.any():
+                x, at, pending = _search(x, at, start, direction, pending, evaluate)
         still[pending] = 2
-        small = np.abs(at[0] - reached[0]) < 1e-9 * (1.0 + np.abs(at[0]))
+        small = np.abs(before - at[0]) < 1e-9 * (1.0 + np.abs(before))
         still = np.where(active & small, still + 1, np.where(active, 0, still))
-        x, at = moved, reached
     return x, at, still >= 2
+
+
+def _search(x, at, start, direction, pending, evaluate):
+    """Backtrack from ``start`` along ``direction`` in the ``pending`` lanes: (x, what is known there, lanes in which
+    every step was too poor)."""
+    step, pending = np.ones(len(x)), pending.copy()
+    moved, reached = x.copy(), tuple(part.copy() for part in at)
+    for _ in range(BACKTRACKS):
+        trial = np.where(pending[:, None], np.clip(start + step[:, None] * direction, 0.0, 1.0), moved)
+        found = evaluate(trial)
+        gain = np.minimum(np.sum(at[3] * (trial - x), axis=1), 0.0)
+        better = pending & np.isfinite(found[0]) & (found[0] < at[0] + 1e-4 * gain)
+        moved[better] = trial[better]
+        for old, new in zip(reached, found, strict=True):
+            old[better] = new[better]
+        pending &= ~better
+        if not pending.any():
+            break
+        step = np.where(pending, 0.35 * step, step)
+    return moved, reached, pending

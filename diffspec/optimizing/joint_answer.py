@@ -8,12 +8,9 @@ import numpy as np
 from diffspec.analysis.plain import finite
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.optimizing.catalogue import RequestClass
-from diffspec.optimizing.constrained import Solution
+from diffspec.optimizing.constrained import Solution, tied_groups
 from diffspec.optimizing.joint_problem import Objective, excesses, over_all
 from diffspec.optimizing.joint_search import NO_CAP, Ranges, Scored
-
-TIED = 1e-3
-"""Shares of the range of draft lengths that are closer than this are one."""
 
 
 def value_of(goal: Objective, cost: float) -> float:
@@ -40,13 +37,8 @@ def relaxed_told(solution: Solution, lane: int, goal: Objective, classes, ranges
     """The reals and the conditions' residuals there. A step drafts as long as its longest draft: where lengths of
     classes meet, the cost has a kink, and ``stationarity`` is that of moving them together (``tied`` names them)."""
     count = len(classes)
-    x, gradient = solution.x[lane], solution.gradient[lane]
-    groups: list[list[int]] = []
-    for number in np.argsort(x[:count]):
-        near = bool(groups) and x[number] - x[groups[-1][-1]] < TIED
-        groups[-1].append(int(number)) if near else groups.append([int(number)])
-    groups += [[number] for number in range(count, len(x))]
-    residual = [abs(x[g[0]] - np.clip(x[g[0]] - gradient[g].sum(), 0.0, 1.0)) for g in groups]
+    x = solution.x[lane]
+    groups = tied_groups(x, range(count))
     cap = None
     if len(ranges.caps) > 1:
         cap = float(ranges.caps[0] * (ranges.caps[-1] / ranges.caps[0]) ** float(x[count]))
@@ -56,7 +48,7 @@ def relaxed_told(solution: Solution, lane: int, goal: Objective, classes, ranges
         },
         "max_batch_size": cap,
         "objective": finite(value_of(goal, float(solution.value[lane]))),
-        "stationarity": float(max(residual)),
+        "stationarity": float(solution.stationarity[lane]),
         "tied": [[classes[number].name for number in sorted(group)] for group in groups if len(group) > 1],
         "complementarity": float(solution.complementarity[lane]),
         "violation": float(solution.violation[lane]),

@@ -57,6 +57,7 @@ def relaxed(arm: Arm, shapes, goal, limits, loads, ranges: Ranges, sizes=None) -
     low = [1.0] * count + ([math.log(caps[0])] if free_cap else []) + ([] if sizes is None else [sizes[0]])
     high = [float(ranges.longest)] * count + ([math.log(caps[-1])] if free_cap else [])
     high += [] if sizes is None else [sizes[1]]
+    loads = [*loads, *[loads[-1]] * (2 ** max(1, math.ceil(math.log2(len(loads)))) - len(loads))]  # few programs
     lanes = len(loads) * len(starts)
     data = {
         "load": np.repeat(np.asarray(loads, dtype=float), len(starts)),
@@ -71,7 +72,7 @@ def relaxed(arm: Arm, shapes, goal, limits, loads, ranges: Ranges, sizes=None) -
     kinds = tuple(entry._replace(limit=entry.limit._replace(bound=1.0)) for entry in limits)
     function = relaxed_function(goal, kinds, count, free_cap, sizes is not None)
     at = np.tile(starts[:, None], (len(loads), len(low)))
-    return minimise_within(function, at, data)
+    return minimise_within(function, at, data, alike=range(count))
 
 
 _FUNCTIONS: dict[Any, Callable] = {}
