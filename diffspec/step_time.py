@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from diffspec.batch_state import BatchState, StepParts, smooth_maximum
 from diffspec.drafters import AbstractDrafter, DraftCost
-from diffspec.experts import ExpertRouting
+from diffspec.experts import CoverageTable, ExpertRouting
 from diffspec.parameters import Scalar, parameter
 
 __all__ = [
@@ -49,7 +49,7 @@ class ExpertCost(eqx.Module):
     coverage term (arXiv 2605.15051, Eq 4: C2s); it breaks the scale bound and is off (0) in fits.
     """
 
-    routing: ExpertRouting
+    routing: ExpertRouting | CoverageTable
     weight_read: Scalar = parameter(0.0, unit="s", meaning="reading every expert's weights once")
     token_share: Scalar = parameter(
         0.8, unit="1", low=0.0, high=1.0, meaning="independent tokens that one more token of a sequence counts as"

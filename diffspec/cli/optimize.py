@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from diffspec.cli.experts import ExpertOptions, half
 from diffspec.cli.joint import JointOptions
 from diffspec.cli.options import (
     AsJson,
@@ -24,6 +25,7 @@ def command(
     subject: SubjectOptions,
     asked: WorkloadOptions,
     joint: JointOptions,
+    placing: ExpertOptions,
     max_draft_length: Annotated[
         int, typer.Option("--max-draft-length", metavar="K", help="Longest draft to consider.")
     ] = 8,
@@ -51,13 +53,14 @@ def command(
 
     Before any trace, or on other hardware: --verifier and --hardware as predict takes them. With --classes, --drafters
     or --batch-caps the drafter, the draft length of each class and the batch cap are decided together at each load.
+    With --experts it also places a mixture's experts on --expert-ranks, together with the draft length.
     """
     if joint.template:
         joint.print_template()
         return
     prepare_jax()
     from diffspec.optimizing.optimize import optimize, optimize_unmeasured
-    from diffspec.report import tables
+    from diffspec.report import expert_tables, tables
 
     deployment, unmeasured = subject.find(asked, max_draft_length)
     if joint.asked:
@@ -76,24 +79,33 @@ def command(
     loop, loads = asked.loads()
     prompt, output, notes = asked.lengths(deployment.measured)
     acceptance = asked.acceptance_model(None)
+    question = {
+        "loads": loads,
+        "loop": loop,
+        "prompt_length": prompt,
+        "output_length": output,
+        "max_draft_length": max_draft_length,
+        "slo": slo or [],
+        "objective": objective,
+        "acceptance": acceptance,
+        "max_batch_size": asked.max_batch_size,
+        "max_batched_tokens": asked.max_batched_tokens,
+        "drafter_params": asked.drafter_params,
+        **asked.details(),
+    }
     with progress_bar("optimize") as progress:
+        share = 0.0 if placing.experts is None else 0.8
+        deployment, unmeasured, placed = placing.place(
+            deployment, unmeasured, **question, progress=half(progress, 0.0, share)
+        )
         choose = partial(optimize, deployment) if unmeasured is None else partial(optimize_unmeasured, unmeasured)
         answer = choose(
-            loads=loads,
-            loop=loop,
-            prompt_length=prompt,
-            output_length=output,
-            max_draft_length=max_draft_length,
-            slo=slo or [],
-            objective=objective,
-            acceptance=acceptance,
-            max_batch_size=asked.max_batch_size,
-            max_batched_tokens=asked.max_batched_tokens,
-            capture_sizes=parse_capture_sizes(capture_sizes),
-            **asked.details(),
-            drafter_params=asked.drafter_params,
-            progress=progress,
+            **question, capture_sizes=parse_capture_sizes(capture_sizes), progress=half(progress, share, 1.0)
         )
+    if placed is not None:
+        answer |= {"experts": placed, "warnings": answer["warnings"] + placed["warnings"]}
+        if placed["outcome"] == "does_not_fit":
+            answer["outcome"] = placed["outcome"]
     note(notes)
     note(answer["warnings"], "warning")
     files = {}
@@ -101,6 +113,12 @@ def command(
         from diffspec.report import figures
 
         files[plot] = figures.png(figures.policy(answer))
-    deliver(answer, tables.policy, as_json=as_json, out=out, files=files, inputs=subject.inputs)
+
+    def show(told):
+        yield from tables.policy(told)
+        if "experts" in told:
+            yield from expert_tables.placement(told["experts"])
+
+    deliver(answer, show, as_json=as_json, out=out, files=files, inputs=subject.inputs + placing.inputs)
     if answer["outcome"] != "successful":
         raise typer.Exit(1)

@@ -1,0 +1,183 @@
+"""Placements of experts at the loads that are asked for: exact answers, and the search that uses them."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffspec.analysis.answers import METRICS
+from diffspec.analysis.plain import FAST_COMPILE, finite
+from diffspec.configuration import Configuration
+from diffspec.experts import CoverageTable, log_nodes
+from diffspec.optimizing.expert_placement import ExpertPlacement
+from diffspec.optimizing.expert_search import Pressure, descend, kicked, neighbours, pressure, routed
+from diffspec.optimizing.limits import Limit, costs
+from diffspec.optimizing.relaxation import at_draft_length
+from diffspec.results import RESULTS
+from diffspec.serving import ServingModel
+from diffspec.workload import Workload
+
+CHUNK, KICKS, POLISHED = 8, 16, 64
+"""Placements evaluated in one call; random restarts near the best, and neighbours judged exactly, before a search
+ends."""
+INFEASIBLE = 1e3
+SHOWN = ("e2e_mean", "ttft_mean", "tpot_mean", "throughput", "utilization")
+
+
+@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+def _evaluate(longest: int, serving: ServingModel, tables: CoverageTable, workload: Workload, config: Configuration):
+    """Metrics [tables, draft lengths 0..longest] and whether the load saturates there."""
+    lengths = jnp.arange(longest + 1, dtype=float)
+
+    def point(table, length):
+        prediction = routed(serving, table).predict(workload, at_draft_length(config, length))
+        values = {name: getattr(prediction, field) for name, field in METRICS.items()}
+        return values, prediction.result == RESULTS.saturated
+
+    return jax.vmap(lambda table: jax.vmap(lambda length: point(table, length))(lengths))(tables)
+
+
+class Point(NamedTuple):
+    """A placement at one load: the ``merit`` of every draft length (log objective, or more than :data:`INFEASIBLE`
+    where limits or capacity are broken) and its metrics."""
+
+    placement: ExpertPlacement
+    merit: np.ndarray
+    metrics: dict[str, np.ndarray]
+
+    @property
+    def length(self) -> int:
+        return int(np.argmin(self.merit))
+
+    @property
+    def best(self) -> float:
+        return float(self.merit.min())
+
+
+@dataclasses.dataclass
+class Problem:
+    """What is asked, at one load after another."""
+
+    serving: ServingModel
+    popularity: np.ndarray
+    config: Configuration
+    workloads: list[Workload]
+    longest: int
+    limits: tuple[Limit, ...]
+    objective: str
+    plain_known: bool
+
+    def points(self, placements: Sequence[ExpertPlacement], load: int) -> list[Point]:
+        """The placements at a load, exactly."""
+        found = []
+        for first in range(0, len(placements), CHUNK):
+            chunk = list(placements[first : first + CHUNK])
+            tables = [placement.table(self.popularity) for placement in chunk]
+            tables += tables[-1:] * (CHUNK - len(tables))
+            stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *tables)
+            made = _evaluate(self.longest, self.serving, stacked, self.workloads[load], self.config)
+            metrics, saturated = jax.tree.map(np.asarray, made)
+            if not self.plain_known:
+                saturated = saturated | (np.arange(self.longest + 1) == 0)
+            cost, worst, feasible = costs(metrics, saturated, self.limits, self.objective)
+            missed = INFEASIBLE + np.where(saturated, 100.0 + np.log(metrics["utilization"]), worst)
+            merit = np.where(feasible, cost, missed)
+            found += [Point(p, merit[i], {k: v[i] for k, v in metrics.items()}) for i, p in enumerate(chunk)]
+        return found
+
+    def pressure(self, point: Point, load: int, length: int) -> Pressure:
+        """How the objective answers to coverage and rank load there."""
+        table = point.placement.table(self.popularity)
+        relief = bool(point.merit[length] > INFEASIBLE + 50.0)
+        return pressure(self.objective, self.serving, table, self.workloads[load], self.config, length, relief)
+
+    def search(self, start: Point, load: int, caps: np.ndarray) -> Point:
+        """Local search from a placement: descents under the pressure at its best draft length and the ones beside it,
+        as long as the exact objective falls; then, for one layer, from kicked copies of what was found, and through its
+        best neighbours one by one."""
+        best = start
+        if not self.keeps(start.placement, caps):
+            within = descend(self.popularity, start.placement, self.pressure(start, load, start.length), caps)
+            (best,) = self.points([within], load)
+        for _ in range(6):
+            near = {best.length, *(k for k in (best.length - 1, best.length + 1) if 0 <= k <= self.longest)}
+            pressed = [self.pressure(best, load, k) for k in sorted(near)]
+            found = self._best([descend(self.popularity, best.placement, p, caps) for p in pressed], load, caps, best)
+            if found is best:
+                break
+            best = found
+        if len(self.popularity) > 1:
+            return best
+        random = np.random.default_rng(0)
+        for _ in range(KICKS // CHUNK):
+            pressed = [self.pressure(best, load, best.length)] * CHUNK
+            kicks = [kicked(best.placement, random) for _ in pressed]
+            tried = [descend(self.popularity, k, p, caps) for k, p in zip(kicks, pressed, strict=True)]
+            best = self._best(tried, load, caps, best)
+        for _ in range(12):
+            pressure_here = self.pressure(best, load, best.length)
+            beside = neighbours(self.popularity, best.placement, pressure_here, float(caps[0]), POLISHED)
+            found = self._best(beside, load, caps, best)
+            if found is best:
+                break
+            best = found
+        return best
+
+    def _best(self, tried: list[ExpertPlacement], load: int, caps: np.ndarray, best: Point) -> Point:
+        """The best of the placements that keep the caps where it is better than ``best``, else ``best`` itself."""
+        allowed = list({p.slots.tobytes(): p for p in tried if self.keeps(p, caps)}.values())
+        found = min(self.points(allowed, load), key=merit_of, default=best)
+        return found if found.best < best.best - 1e-12 else best
+
+    def keeps(self, placement: ExpertPlacement, caps: np.ndarray) -> bool:
+        """Whether no layer's busiest rank carries more than its cap."""
+        return bool(np.all(placement.loads(self.popularity).max(axis=1) <= caps * (1.0 + 1e-9)))
+
+    def told(self, point: Point, length: int | None = None) -> dict[str, Any]:
+        """A placement in numbers, at its best draft length or at this one."""
+        k = point.length if length is None else length
+        served = point.merit[k] < INFEASIBLE
+        return {
+            "draft_length": k if served else None,
+            **{name: finite(point.metrics[name][k]) if served else None for name in SHOWN},
+            "max_rank_load": point.placement.max_rank_load(self.popularity),
+            "load_imbalance": point.placement.load_imbalance(self.popularity),
+            "physical_to_logical_map": point.placement.slots.tolist(),
+        }
+
+
+def merit_of(point: Point) -> float:
+    return point.best
+
+
+def undominated(popularity: np.ndarray, every: list[np.ndarray], ranks: int, cap: float) -> list[ExpertPlacement]:
+    """Of all placements of one layer within the cap those that no other beats in coverage at every T and in rank load
+    together: a step is longer where either is larger, so that one of them is the best."""
+    own, slots = popularity[0], np.stack(every)
+    tokens = np.exp(log_nodes())
+    copies = np.stack([np.bincount(row, minlength=own.size) for row in slots])
+    counts = np.arange(1, int(copies.max()) + 1)
+    each = own / counts[:, None]
+    log_miss = np.log(np.maximum(1.0 - each, np.finfo(float).tiny))[..., None]
+    curves = -np.expm1(log_miss * tokens)
+    shape = (-1, ranks, slots.shape[1] // ranks)
+    load = each[copies - 1, np.arange(own.size)]
+    load = np.take_along_axis(load, slots, axis=1).reshape(shape).sum(axis=2).max(axis=1)
+    within = np.flatnonzero(load <= cap * (1.0 + 1e-9))
+    found: list[np.ndarray] = []
+    for part in np.array_split(within, max(1, len(within) // 256)):
+        of = np.take_along_axis(copies[part], slots[part], axis=1) - 1
+        read = curves[of, slots[part]].reshape(len(part), *shape[1:], tokens.size).sum(axis=2).max(axis=1)
+        found.append(np.concatenate([read, load[part][:, None]], axis=1))
+    values = np.concatenate(found)
+    kept: list[int] = []
+    best = np.empty((0, values.shape[1]))
+    for index in np.argsort(values.sum(axis=1), kind="stable"):
+        if not np.any(np.all(best <= values[index] * (1.0 + 1e-12), axis=1)):
+            kept.append(int(index))
+            best = values[kept]
+    return [ExpertPlacement(slots[within[index]][None], ranks, own.size) for index in kept]
