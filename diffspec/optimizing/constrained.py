@@ -12,9 +12,9 @@ Rockafellar; Nocedal and Wright, Numerical Optimization, ch. 17). At a solution 
     complementarity  largest |multiplier_j*c_j|
     violation        largest max(0, c_j)
 
-Coordinates that are ``alike`` may enter f by the largest of them, which has a kink where they meet: there no step along
-the gradient goes downhill though moving them together does, so that is tried next, and stationarity is that of moving
-them together.
+Coordinates that are ``alike`` (groups of them) may enter f by the largest of a group, which has a kink where they meet:
+there no step along the gradient goes downhill though moving them together does, so that is tried next, and stationarity
+is that of moving them together.
 
 And -multiplier_j is the derivative of the least f by the bound of limit j (its shadow price). A lane is one start, or
 one load, or both; every lane has its own ``data``. The loop runs in Python: one program is compiled, for the value, the
@@ -37,6 +37,8 @@ ROUNDS, STEPS, WEIGHT, MOST_WEIGHT = 12, 30, 10.0, 1e6
 TOLERANCE = 1e-5
 """Stationarity, complementarity and violation at which a lane is done."""
 BACKTRACKS = 8
+PATIENCE = 4
+"""Moves in a row that hardly lower the Lagrangian, after which a lane has stalled."""
 TIED = 1e-3
 """Coordinates that are alike and closer than this meet."""
 HOPELESS = 3
@@ -72,7 +74,7 @@ def minimise_within(
     rounds: int = ROUNDS,
     steps: int = STEPS,
     tolerance: float = TOLERANCE,
-    alike: Sequence[int] = (),
+    alike: Sequence[Sequence[int]] = (),
     progress: Callable[[float], None] | None = None,
 ) -> Solution:
     """Minimise ``function(x, data)`` -> (f, c [limits]) from each start; ``data``: a pytree with an axis of lanes.
@@ -153,40 +155,41 @@ def tied_groups(x: np.ndarray, alike: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _together(x, gradient, alike: Sequence[int]):
+def _together(x, gradient, alike: Sequence[Sequence[int]]):
     """x with coordinates that meet put to their mean, and the gradient of moving them together, shared by each."""
     x, gradient = x.copy(), gradient.copy()
     for lane in range(len(x)):
-        for group in tied_groups(x[lane], alike):
+        for group in [group for each in alike for group in tied_groups(x[lane], each)]:
             x[lane, group] = x[lane, group].mean()
             gradient[lane, group] = gradient[lane, group].sum()
     return x, gradient
 
 
-def _descend(x, at, done, evaluate, steps: int, tolerance: float, alike: Sequence[int]):
+def _descend(x, at, done, evaluate, steps: int, tolerance: float, alike: Sequence[Sequence[int]]):
     """Lower the augmented Lagrangian of the lanes that are not ``done``: (x, what is known there, lanes in which no
     step goes downhill any more)."""
     memories = [jax.vmap(lbfgs_memory)(jnp.asarray(x)) for _ in range(2)]
     still = np.zeros(len(x), dtype=int)
     for _ in range(steps):
-        active = ~done & (still < 2) & (np.abs(x - np.clip(x - at[3], 0.0, 1.0)).max(axis=1) > tolerance)
+        active = ~done & (still < PATIENCE) & (np.abs(x - np.clip(x - at[3], 0.0, 1.0)).max(axis=1) > tolerance)
         if not active.any():
             break
-        before = at[0]
-        pending = active
-        for number, (start, gradient) in enumerate([(x, at[3]), _together(x, at[3], alike)][: 1 + (len(alike) > 1)]):
+        before, pending, met = at[0], active, _together(x, at[3], alike)
+        for number, (start, gradient) in enumerate([(x, at[3]), met, met]):
             held = ((start <= 0.0) & (gradient > 0)) | ((start >= 1.0) & (gradient < 0))
             free = np.where(held, 0.0, gradient)
-            direction, memories[number] = lbfgs_directions(jnp.asarray(free), memories[number], jnp.asarray(start))
-            direction = np.where(held, 0.0, np.array(direction))
+            direction = -free
+            if number < 2:
+                found, memories[number] = lbfgs_directions(jnp.asarray(free), memories[number], jnp.asarray(start))
+                direction = np.where(held, 0.0, np.array(found))
             longest = np.abs(direction).max(axis=1, keepdims=True)
             direction = direction * np.minimum(1.0, 0.5 / np.maximum(longest, 1e-300))
             if pending.any():
                 x, at, pending = _search(x, at, start, direction, pending, evaluate)
-        still[pending] = 2
+        still[pending] = PATIENCE
         small = np.abs(before - at[0]) < 1e-9 * (1.0 + np.abs(before))
         still = np.where(active & small, still + 1, np.where(active, 0, still))
-    return x, at, still >= 2
+    return x, at, still >= PATIENCE
 
 
 def _search(x, at, start, direction, pending, evaluate):

@@ -72,7 +72,7 @@ def relaxed(arm: Arm, shapes, goal, limits, loads, ranges: Ranges, sizes=None) -
     kinds = tuple(entry._replace(limit=entry.limit._replace(bound=1.0)) for entry in limits)
     function = relaxed_function(goal, kinds, count, free_cap, sizes is not None)
     at = np.tile(starts[:, None], (len(loads), len(low)))
-    return minimise_within(function, at, data, alike=range(count))
+    return minimise_within(function, at, data, alike=[range(count)] if count > 1 else ())
 
 
 _FUNCTIONS: dict[Any, Callable] = {}
