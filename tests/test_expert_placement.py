@@ -499,7 +499,7 @@ def test_optimize_places_experts_of_a_fitted_model(routing, tmp_path):
     model = toy_model(tmp_path / "model.json", mixture(6, 2, 2))
     line = ("optimize", model, "--arrival-rate", "0.5,6", "--max-draft-length", "3", "--acceptance-rate", "0.75")
     line += ("--prompt-length", "64", "--output-length", "64", "--experts", routing, "--redundant-experts", "2")
-    ran = run(*line, "--out", tmp_path / "answer.json")
+    ran = run(*line, "--out", tmp_path / "answer.json", "--expert-location", tmp_path / "location.json")
     assert ran.code == 0, ran.err
     assert all(
         word in ran.out for word in ("EPLB", "round robin", "busiest rank", "search above optimum", "--ep-size 2")
@@ -510,6 +510,8 @@ def test_optimize_places_experts_of_a_fitted_model(routing, tmp_path):
     for told, entry in zip(placed["placement"]["at_loads"], answer["table"], strict=True):
         assert told["draft_length"] == entry["draft_length"]
         assert told["e2e_mean"] == pytest.approx(entry["metrics"]["e2e_mean"], rel=1e-9)
+    location = json.loads((tmp_path / "location.json").read_text(encoding="utf-8"))
+    assert location == {"physical_to_logical_map": placed["placement"]["physical_to_logical_map"]}
     assert run(*line, "--out", routing).code == 2  # the input is not written over
     assert run(*line[:2], *line[2:12], "--expert-ranks", "2").code == 2
 

@@ -50,6 +50,15 @@ class ExpertOptions:
             help="Choose by the objective alone; by default no rank carries more than EPLB's busiest.",
         ),
     ] = False
+    expert_location: Annotated[
+        Path | None,
+        typer.Option(
+            "--expert-location",
+            metavar="FILE.JSON",
+            rich_help_panel=_PANEL,
+            help="Also write the placement for SGLang's --init-expert-location.",
+        ),
+    ] = None
 
     def place(
         self, deployment: "FittedDeployment", unmeasured: "Unmeasured | None", **asked: Any
@@ -59,7 +68,7 @@ class ExpertOptions:
 
         given = {
             name: value
-            for name in ("expert_ranks", "redundant_experts", "expert_groups", "nodes")
+            for name in ("expert_ranks", "redundant_experts", "expert_groups", "nodes", "expert_location")
             if (value := getattr(self, name)) is not None
         }
         given |= {"any_rank_load": True} if self.any_rank_load else {}
@@ -67,6 +76,7 @@ class ExpertOptions:
             if given:
                 raise InputError(f"--{next(iter(given)).replace('_', '-')} goes with --experts ROUTING.NPZ")
             return deployment, unmeasured, None
+        given.pop("expert_location", None)
         from diffspec.optimizing.expert_balance import place_experts, place_unmeasured
         from diffspec.traces.routing import read_routing
 
@@ -76,6 +86,14 @@ class ExpertOptions:
             return deployment, None, answer
         unmeasured, answer = place_unmeasured(unmeasured, routes, **given, **asked)
         return unmeasured.deployment, unmeasured, answer
+
+    def files(self, answer: dict[str, Any] | None) -> dict[Path, str]:
+        """What is written beside the answer: the placement, where there is one and a file for it was named."""
+        from diffspec.report.files import json_text
+
+        if self.expert_location is None or answer is None or answer["exports"] is None:
+            return {}
+        return {self.expert_location: json_text(answer["exports"]["sglang"]["init_expert_location"]) + "\n"}
 
     @property
     def inputs(self) -> tuple[Path, ...]:

@@ -1,6 +1,7 @@
 """`diffspec optimize`: the draft length for each load."""
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -108,7 +109,7 @@ def command(
             answer["outcome"] = placed["outcome"]
     note(notes)
     note(answer["warnings"], "warning")
-    files = {}
+    files: dict[Path, str | bytes] = {**placing.files(placed)}
     if plot is not None:
         from diffspec.report import figures
 

@@ -245,10 +245,13 @@ def with_copies(
     plan = memory_plan(pair)
     taken = pair.verifier.expert_bytes * redundant / experts / pair.tensor_parallel
     tokens = taken / (plan.kv_bytes_per_token + plan.drafter_kv_bytes_per_token)
-    before = deployment.defaults.get("kv_capacity_tokens") or plan.kv_capacity_tokens
+    told = deployment.defaults.get("kv_capacity_tokens")
+    before = plan.kv_capacity_tokens if told is None else told
     after = max(before - tokens, 1.0)
     memory = {"copies_bytes": taken, "kv_capacity_tokens": after, "kv_capacity_tokens_without": before}
-    return dataclasses.replace(deployment, defaults=deployment.defaults | {"kv_capacity_tokens": after}), memory, []
+    if told is not None:
+        deployment = dataclasses.replace(deployment, defaults=deployment.defaults | {"kv_capacity_tokens": after})
+    return deployment, memory, []
 
 
 def _at_load(

@@ -62,20 +62,24 @@ class ExpertPlacement:
 
     def table(self, popularity: np.ndarray) -> CoverageTable:
         """:meth:`CoverageTable.of` of :meth:`routing`, without a compiled program: a millisecond a layer."""
+        log_coverage, elasticity, imbalance = (jnp.asarray(part) for part in self.curves(popularity))
+        return CoverageTable(log_coverage, elasticity, imbalance)
+
+    def curves(self, popularity: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The leaves of :meth:`table`: log coverage [nodes], its elasticity [nodes], load imbalance."""
         copies, log_tokens = self.copies, log_nodes()
-        tokens = np.exp(log_tokens)
+        tokens, nodes = np.exp(log_tokens), np.arange(log_tokens.size)
         covered, slopes = np.zeros(log_tokens.size), np.zeros(log_tokens.size)
         for layer, on_rank in enumerate(self.on_rank):
             log_miss = np.log(np.maximum(1.0 - popularity[layer] / copies[layer], np.finfo(float).tiny))[:, None]
-            missed = np.exp(log_miss * tokens)
-            read = on_rank @ -np.expm1(log_miss * tokens)
+            exponent = log_miss * tokens
+            missed = np.exp(exponent)
+            read = on_rank.astype(float) @ -np.expm1(exponent)
             slowest = read.argmax(axis=0)
-            nodes = np.arange(log_tokens.size)
             covered += read[slowest, nodes]
-            slopes += (on_rank @ (-log_miss * missed * tokens))[slowest, nodes]
+            slopes += np.einsum("ne,en->n", on_rank[slowest], -exponent * missed)
         mean = covered / len(self.slots) / (self.experts / self.ranks)
-        imbalance = jnp.asarray(self.load_imbalance(popularity), dtype=float)
-        return CoverageTable(jnp.asarray(np.log(mean)), jnp.asarray(slopes / covered), imbalance)
+        return np.log(mean), slopes / covered, np.asarray(self.load_imbalance(popularity))
 
 
 def check_slots(experts: int, ranks: int, redundant: int) -> int:
@@ -226,19 +230,24 @@ def _rows(left: list[int], size: int, first: int) -> Iterator[tuple[tuple[int, .
 def exports(placement: ExpertPlacement) -> dict[str, Any]:
     """The placement as engines take it.
 
-    * ``sglang``: the content of a file for ``--init-expert-location FILE.json`` (``physical_to_logical_map`` [layers,
-      S], as its expert_location.py reads it; one row for each layer of the model, so that a map with another number of
-      rows, as of a histogram without layers or of a model with dense layers, has to be filled up first), and ``flags``
-    * ``vllm``: its flag for so many redundant experts. It balances by its own copy of EPLB while it serves and has no
-      option that takes a placement (its documentation up to 0.19)
+    * ``sglang``: ``init_expert_location``, the content of a file for ``--init-expert-location FILE.json``
+      (``physical_to_logical_map`` [layers, S], and nothing else, as its ``init_by_mapping`` takes it), ``flags``,
+      ``checked`` (against which source) and a ``note`` on layers
+    * ``vllm``: its flag for so many redundant experts. It balances by its own copy of EPLB while it serves; its
+      EPLBConfig (documentation up to 0.19) has no option that takes a placement
     """
-    redundant = placement.slots.shape[1] - placement.experts
-    config = f'{{"num_redundant_experts":{redundant}}}'
+    layers, slots = placement.slots.shape
+    redundant = slots - placement.experts
+    rows = f"{layers} row{'s' if layers > 1 else ''}"
     return {
         "sglang": {
             "init_expert_location": {"physical_to_logical_map": placement.slots.tolist()},
             "flags": f"--ep-size {placement.ranks} --ep-num-redundant-experts {redundant} "
             "--init-expert-location FILE.json --ep-dispatch-algorithm dynamic",
+            "checked": "python/sglang/srt/eplb/expert_location.py at commit 01fec5c2; other versions may differ",
+            "note": f"the map has {rows}; SGLang wants one for each layer of the model, dense ones too: repeat or add",
         },
-        "vllm": {"flags": f"--enable-expert-parallel --enable-eplb --eplb-config '{config}'"},
+        "vllm": {
+            "flags": f"--enable-expert-parallel --enable-eplb --eplb-config '{{\"num_redundant_experts\":{redundant}}}'"
+        },
     }

@@ -21,7 +21,8 @@ from diffspec.results import RESULTS
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
 
-CHUNK, KICKS, POLISHED = 8, 16, 64
+TABLE = jax.tree.structure(CoverageTable(jnp.zeros(1), jnp.zeros(1), jnp.zeros(())))
+CHUNK, KICKS, POLISHED = 8, 8, 24
 """Placements evaluated in one call; random restarts near the best, and neighbours judged exactly, before a search
 ends."""
 INFEASIBLE = 1e3
@@ -51,16 +52,19 @@ class Point(NamedTuple):
 
     @property
     def length(self) -> int:
+        """The best draft length [tok]."""
         return int(np.argmin(self.merit))
 
     @property
     def best(self) -> float:
+        """The merit there."""
         return float(self.merit.min())
 
 
 @dataclasses.dataclass
 class Problem:
-    """What is asked, at one load after another."""
+    """What is asked, at one load after another: ``popularity`` [layers, experts] on a server, a workload for each load,
+    draft lengths up to ``longest``, without 0 unless ``plain_known``."""
 
     serving: ServingModel
     popularity: np.ndarray
@@ -72,13 +76,13 @@ class Problem:
     plain_known: bool
 
     def points(self, placements: Sequence[ExpertPlacement], load: int) -> list[Point]:
-        """The placements at a load, exactly."""
+        """The placements at a load, by the whole model."""
         found = []
         for first in range(0, len(placements), CHUNK):
             chunk = list(placements[first : first + CHUNK])
-            tables = [placement.table(self.popularity) for placement in chunk]
-            tables += tables[-1:] * (CHUNK - len(tables))
-            stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *tables)
+            curves = [placement.curves(self.popularity) for placement in chunk]
+            curves += curves[-1:] * (CHUNK - len(curves))
+            stacked = jax.tree.unflatten(TABLE, [np.stack(leaves) for leaves in zip(*curves, strict=True)])
             made = _evaluate(self.longest, self.serving, stacked, self.workloads[load], self.config)
             metrics, saturated = jax.tree.map(np.asarray, made)
             if not self.plain_known:
@@ -137,10 +141,9 @@ class Problem:
         """Whether no layer's busiest rank carries more than its cap."""
         return bool(np.all(placement.loads(self.popularity).max(axis=1) <= caps * (1.0 + 1e-9)))
 
-    def told(self, point: Point, length: int | None = None) -> dict[str, Any]:
-        """A placement in numbers, at its best draft length or at this one."""
-        k = point.length if length is None else length
-        served = point.merit[k] < INFEASIBLE
+    def told(self, point: Point) -> dict[str, Any]:
+        """A placement in numbers, at its best draft length."""
+        k, served = point.length, point.best < INFEASIBLE
         return {
             "draft_length": k if served else None,
             **{name: finite(point.metrics[name][k]) if served else None for name in SHOWN},
@@ -151,6 +154,7 @@ class Problem:
 
 
 def merit_of(point: Point) -> float:
+    """:attr:`Point.best`, as a key to compare by."""
     return point.best
 
 

@@ -25,7 +25,7 @@ from diffspec.serving import ServingModel
 from diffspec.staircase import StaircaseStepTime
 from diffspec.workload import Workload
 
-STEPS, SHARPNESS, RELAXED_NODES, SINKHORN = 120, 32.0, 65, 12
+STEPS, SHARPNESS, RELAXED_NODES, SINKHORN = 120, 32.0, 41, 12
 MOST_RELAXED = 20_000
 """Soft assignments (layers x ranks x experts) up to which the relaxation is solved; above, local search starts from
 EPLB's placement alone."""

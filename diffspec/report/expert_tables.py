@@ -57,4 +57,5 @@ def placement(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
             for entry in answer["placement"]["at_loads"]
         )
         yield Text(f"one placement for all loads, draft length at each: {told} (JSON: experts.placement)")
-        yield Text(f"SGLang: {answer['exports']['sglang']['flags']}")
+        told = answer["exports"]["sglang"]
+        yield Text(f"SGLang: {told['flags']} ({told['note']})")
