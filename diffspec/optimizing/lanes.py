@@ -217,7 +217,7 @@ def largest_rates(lanes: Lanes, limits: Sequence[Limit], shift=None) -> LargestR
             lambda x, index: at(x, index.astype(int))[0],
             (low, high),
             args=(inside,),
-            tolerances={"xatol": TOLERANCE, "xrtol": TOLERANCE, "fatol": 0.0, "frtol": 0.0},
+            tolerances={"xatol": 0.0, "xrtol": TOLERANCE, "fatol": 0.0, "frtol": 0.0},
             maxiter=60,
         )
         left, right = root.bracket
