@@ -1,6 +1,7 @@
 """`diffspec size`: the rate a replica sustains, replicas, cost and energy, curve and front: against closed forms, brute
 force, the predictions one by one, and the simulator."""
 
+import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -265,6 +266,17 @@ def test_memory_caps_the_batch_and_what_does_not_fit_is_said(planned):
     assert answer["memory"]["fits"] and answer["recommended"]["hardware"] == "h100"
 
 
+def test_a_pair_that_fits_nowhere_is_an_answer(planned, pair):
+    small = replace(accelerator("l4"), memory_bytes=8e9)
+    found = size(before_traces(replace(pair(), hardware=small)), target_rate=1.0, slo=["tpot_mean<1"], **PLANNED)
+    json.dumps(found, allow_nan=False)
+    assert found["outcome"] == "does_not_fit" and found["recommended"] is None and found["curve"] is None
+    (missing,) = found["does_not_fit"]
+    assert missing["missing_bytes"] > 5e9 and not missing["plain_fits"]
+    assert found.keys() == planned[1].keys()
+    assert "does not fit" in "\n".join(str(part) for part in sizing(found))
+
+
 def test_tensor_parallelism_is_compared_with_as_many_replicas(planned):
     _, answer = planned
     (entry,) = answer["tensor_parallel"]
@@ -397,11 +409,12 @@ def test_a_risk_sizes_for_the_rate_that_enough_draws_sustain(deployment, answer)
 # --- infeasible, and bad input ----------------------------------------------------------------------
 
 
-def test_infeasible_names_the_limit_and_the_nearest_candidate(deployment, values_at):
+def test_infeasible_names_the_limit_and_the_nearest_candidate(deployment, values_at, answer):
     found = size(deployment, target_rate=5.0, **ASKED | {"slo": ["ttft_p95<0.25", "tpot_mean<0.001"]})
     json.dumps(found, allow_nan=False)
     assert found["outcome"] == "infeasible" and found["recommended"] is None and found["candidates"] == []
     told = found["infeasible"]
+    assert found.keys() == answer.keys()
     assert told["limits"]["ttft_p95<0.25"]["excess"] < 0 < told["limits"]["tpot_mean<0.001"]["excess"]
     at = {length: values_at({"draft_length": length, "max_batch_size": 64.0}, 1e-5)["tpot_mean"] for length in range(5)}
     best = min(at, key=at.__getitem__)
@@ -504,3 +517,19 @@ def test_a_catalogue_of_hardware_before_any_trace(tmp_path, monkeypatch):
 
 def test_public_names():
     assert diffspec.size is size and diffspec.non_dominated is non_dominated
+
+
+# --- the experiment ----------------------------------------------------------------------
+
+
+def test_the_table_of_the_experiment_is_that_of_its_numbers():
+    folder = Path(__file__).parents[1] / "experiments" / "07_optimise"
+    spec = importlib.util.spec_from_file_location("capacity_07", folder / "capacity.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = json.loads((folder / "capacity.json").read_text(encoding="utf-8"))
+    assert module.markdown(found) == (folder / "capacity.md").read_text(encoding="utf-8")
+    for entries in found["measured"].values():
+        assert {entry["metric"] for entry in entries} == set(module.METRICS)
+        assert all(entry["inside"] == (entry["low"] <= entry["offered_rate"] <= entry["high"]) for entry in entries)

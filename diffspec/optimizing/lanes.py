@@ -169,7 +169,7 @@ def excesses(lanes: Lanes, limits: Sequence[Limit], rates, shift=None) -> tuple[
     found = np.zeros((lanes.count, len(limits)))
     for index, limit in enumerate(limits):
         if limit.percentile is None:
-            found[:, index] = np.log(values[limit.metric] / bounds[:, index])
+            found[:, index] = np.log(np.maximum(values[limit.metric], 1e-300) / bounds[:, index])
         else:
             metric, share = limit.percentile
             tail = tails[metric][:, columns[metric].index(index)]
@@ -231,7 +231,8 @@ def largest_rates(lanes: Lanes, limits: Sequence[Limit], shift=None) -> LargestR
 def limited_values(lanes: Lanes, metrics: Sequence[str], rates) -> dict[str, np.ndarray]:
     """The value [lanes] of each of ``metrics``, means or percentiles such as ``ttft_p95`` [s], at a rate for each lane.
 
-    Percentiles are found on the distribution by bracketed search, all lanes together, to 1e-6."""
+    Percentiles are found on the distribution by bracketed search, all lanes together, to 1e-6; not a number where there
+    are none (times per token of outputs of one token)."""
     asked = [Limit(metric, 1, 1.0) for metric in metrics]
     values, _ = evaluate(lanes, rates)
     found = {limit.metric: values[limit.metric] for limit in asked if limit.percentile is None}
@@ -250,7 +251,7 @@ def _quantile(lanes: Lanes, limit: Limit, values: Mapping[str, np.ndarray], rate
         return np.log(np.maximum(tails[metric][:, 0], _LEAST_TAIL) / (1.0 - share))
 
     every = np.arange(lanes.count)
-    middle = np.log(values[f"{metric}_mean"])
+    middle = np.log(np.maximum(values[f"{metric}_mean"], 1e-9))
     low, high = middle - 3.0, middle + 3.0
     for _ in range(8):  # widened until they hold the root
         wide = gap(low, every) < 0

@@ -53,6 +53,8 @@ def pareto(
     values = limited_values(pool.lanes.take([place for place, _ in points]), [latency], rates)[latency]
     entries = []
     for (place, count), value in zip(points, values, strict=True):
+        if not math.isfinite(value):
+            continue
         entry = sized[place]
         devices = count * entry["devices"] // entry["replicas"]
         shown = pool.told(place) | {"replicas": count, "devices": devices, latency: float(value)}

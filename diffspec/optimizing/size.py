@@ -29,7 +29,8 @@ from diffspec.workload import Workload, check_range
 SIZED = (*(name for name in LIMITED if name != "throughput"), *PERCENTILE_LIMITED)
 MINIMISED = ("cost", "device_hours", "energy")
 SHORTLIST = 8
-"""Candidates, the best at the centre, whose draws are looked at where a risk is asked for."""
+"""Candidates, the best at the centre, whose draws are looked at where a risk is asked for, beside the best without
+speculation."""
 POISSON = (
     "arrivals are split evenly and at random over the replicas: each sees target_rate/replicas, Poisson where the "
     "whole is; a balancer that looks at queues does better"
@@ -86,7 +87,8 @@ def size(
       there; ``device_hours`` and ``cost`` per million output tokens; ``energy`` [J per million output tokens] or
       ``energy_reason``; ``metrics`` and ``effective_batch_size`` at arrival_rate
     * ``gain``: of recommended over plain, ``rate_per_device``, ``devices``, ``device_hours`` and what is minimised
-    * ``candidates``: like recommended, without metrics, the best first
+    * ``candidates``: like recommended, without metrics, the best first; with a ``risk`` the 8 best at the centre, and
+      the best of them without speculation
     * ``tensor_parallel``: for N ``devices`` of each ``hardware``, the rate of ``one_replica``, of N ``replicas``, and
       their ``ratio``
     * ``curve``: :func:`diffspec.optimizing.curve.capacity_curve`; ``pareto``: :func:`diffspec.optimizing.pareto.pareto`
@@ -126,6 +128,7 @@ def size(
         "target_rate": float(target_rate),
         "headroom_wanted": float(headroom),
         "limits": [limit.text for limit in limits],
+        "minimise": minimise,
         "risk": risk,
     }
     fitting = [place for place, server in enumerate(servers) if server.fits(0) or server.fits(1)]
@@ -151,7 +154,8 @@ def size(
     drawn: dict[int, np.ndarray] = {}
     if risk is not None and ranked:
         report("the rate that enough draws sustain", 0.4)
-        drawn = {place: drawn_rates(pool, place, limits) for place in ranked[:SHORTLIST]}
+        looked = dict.fromkeys([*ranked[:SHORTLIST], *[at for at in ranked if pool.draft_length[at] == 0][:1]])
+        drawn = {place: drawn_rates(pool, place, limits) for place in looked}
         sure = np.zeros(len(found.rate))
         for place, rates in drawn.items():
             if not len(rates):
@@ -181,7 +185,7 @@ def size(
         "plain": told_plain,
         "gain": None if plain is None else _gain(sized[best], sized[plain], aim),
         "candidates": [_without(sized[place]) for place in ranked],
-        "tensor_parallel": _against_replicas(pool, sized, ranked),
+        "tensor_parallel": _against_replicas(pool, found.rate),
         "curve": curve,
         "pareto": pareto(pool, sized, ranked, float(target_rate), latency, aim),
         "infeasible": None,
@@ -248,15 +252,13 @@ def _gain(best: Mapping[str, Any], plain: Mapping[str, Any], aim: str) -> dict[s
     return {"rate_per_device": best["rate_per_device"] / plain["rate_per_device"]} | spent
 
 
-def _against_replicas(
-    pool: Candidates, sized: Sequence[Mapping[str, Any]], ranked: Sequence[int]
-) -> list[dict[str, Any]]:
+def _against_replicas(pool: Candidates, rates: np.ndarray) -> list[dict[str, Any]]:
     """N devices as one replica with tensor parallelism against N replicas of one device, the best rate of each."""
     most: dict[tuple[str, int], float] = {}
-    for place in ranked:
+    for place, rate in enumerate(rates):
         server = pool.servers[pool.server[place]]
         key = (server.hardware, server.tensor_parallel)
-        most[key] = max(most.get(key, 0.0), sized[place]["rate_per_replica"])
+        most[key] = max(most.get(key, 0.0), float(rate))
     told = []
     for server in pool.servers:
         devices = server.tensor_parallel
@@ -268,11 +270,11 @@ def _against_replicas(
 
 
 def _nearest(pool: Candidates, limits: Sequence[Limit], found: LargestRates) -> int:
-    """The candidate that misses its limits by the least without load, by the largest log(value/bound)."""
+    """The candidate that misses its limits by the least without load, by the largest value/bound."""
     if (found.rate > 0).any():  # feasible at the centre, not at the risk asked for
         return int(np.argmax(found.rate))
     values = limited_values(pool.lanes, _columns(limits), LEAST * found.capacity)
-    worst = np.max([np.log(values[limit.metric] / limit.bound) for limit in limits], axis=0)
+    worst = np.max([np.nan_to_num(values[limit.metric] / limit.bound) for limit in limits], axis=0)
     return int(np.argmin(worst))
 
 
