@@ -331,7 +331,10 @@ def _caveats(pool: Candidates, best: int, fields, limits, aim: str, again: bool,
     if not server.deployment.plain_measured:
         notes.append("no k = 0 row was fitted: a plain server is no candidate")
     if not server.deployment.defaults.get("max_batch_size") and pool.cap[best] == USUAL_CAP:
-        notes.append(f"no batch cap is known: at most {USUAL_CAP:g} requests in a step, as engines usually do")
+        notes.append(
+            f"no batch cap is known: at most {USUAL_CAP:g} requests in a step, as engines usually do; "
+            "give max_batch_size to allow more"
+        )
     if again:
         notes.append("latency does not grow with the rate everywhere: the limits are kept again at some higher rate")
     if acceptance is None and server.deployment.mixed_acceptance and length > 0:
