@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from diffspec.acceptance_decay import DecayingAcceptance, decay_from_tokens_per_step, fit_decay, shrink_to_decay
     from diffspec.analysis.answers import predict_answer
-    from diffspec.analysis.before_traces import predict_before_traces, predict_transferred
+    from diffspec.analysis.before_traces import before_traces, moved, predict_before_traces, predict_transferred
     from diffspec.analysis.design import design
     from diffspec.analysis.sensitivity import sensitivity
     from diffspec.architecture import Transformer, eagle_head, read_architecture
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from diffspec.hardware import Accelerator, accelerator
     from diffspec.lengths import Lengths
     from diffspec.optimizing.optimize import optimize
+    from diffspec.optimizing.pareto import non_dominated
+    from diffspec.optimizing.size import size
     from diffspec.percentiles import predict_distribution
     from diffspec.prediction import Prediction
     from diffspec.resources import MemoryPlan, energy_per_token, memory_plan
@@ -113,6 +115,7 @@ __all__ = [
     "accelerator",
     "acceptance_from_draft_acceptance_rate",
     "acceptance_from_tokens_per_step",
+    "before_traces",
     "best_budget",
     "best_tree",
     "check",
@@ -128,6 +131,8 @@ __all__ = [
     "histogram_to_conditional",
     "marginal_to_conditional",
     "memory_plan",
+    "moved",
+    "non_dominated",
     "optimize",
     "predict_answer",
     "predict_before_traces",
@@ -138,6 +143,7 @@ __all__ = [
     "sensitivity",
     "shrink_to_decay",
     "simulate",
+    "size",
     "solve_closed_loop",
     "solve_open_loop",
     "step_time_from",
@@ -167,6 +173,8 @@ _HOMES = {
     ),
     "analysis.answers": ("predict_answer",),
     "analysis.before_traces": (
+        "before_traces",
+        "moved",
         "predict_before_traces",
         "predict_transferred",
     ),
@@ -212,6 +220,8 @@ _HOMES = {
     ),
     "lengths": ("Lengths",),
     "optimizing.optimize": ("optimize",),
+    "optimizing.pareto": ("non_dominated",),
+    "optimizing.size": ("size",),
     "percentiles": ("predict_distribution",),
     "resources": (
         "MemoryPlan",

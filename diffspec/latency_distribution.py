@@ -10,6 +10,7 @@ tokens after the first, which make its tail, is mixed over their whole number of
 experiments/04_physics_against_simulator.
 """
 
+from collections.abc import Mapping
 from functools import partial
 
 import equinox as eqx
@@ -62,7 +63,10 @@ class Pace(eqx.Module):
 
 
 class LatencyDistribution(eqx.Module):
-    """Means [s] and percentiles [s] of ttft, tpot, itl and e2e under an open loop, and the chain they come from."""
+    """Means [s] and percentiles [s] of ttft, tpot, itl and e2e under an open loop, and the chain they come from.
+
+    ``attained[metric]``: P(metric <= t) at the times that were asked for, the share of requests within a limit of t.
+    """
 
     requests: RequestsInSystem
     waiting_time: Scalar
@@ -72,6 +76,7 @@ class LatencyDistribution(eqx.Module):
     tpot: Float[Array, "percentiles"]
     itl: Float[Array, "percentiles"]
     e2e: Float[Array, "percentiles"]
+    attained: dict[str, Float[Array, "times"]] = eqx.field(default_factory=dict)
 
 
 def latency_distribution(
@@ -83,11 +88,14 @@ def latency_distribution(
     cap: Scalar | None = None,
     arrival_scv: Scalar = 1.0,
     percentiles: tuple[float, ...] = PERCENTILES,
+    at: Mapping[str, Float[Array, "times"]] | None = None,
+    means: Mapping[str, Scalar] | None = None,
 ) -> LatencyDistribution:
     """Means and percentiles at a sustainable arrival rate. Approximations are stated at the top of this module.
 
     ``output_length`` [tok] and ``lengths``: the mean and the law. Requests of a single token have no tpot and are left
-    out of its percentiles.
+    out of its percentiles. ``at[metric]`` [s]: times whose probability is told in ``attained``, each of a distribution
+    scaled to ``means[metric]`` [s] where that is given (ttft, e2e); a fraction of what a percentile costs.
     """
     chain = requests_in_system(pace.residence, arrival_rate, cap)
     states = pace.residence.shape[0]
@@ -227,6 +235,13 @@ def latency_distribution(
     def of_itl(t):
         return jnp.sum(gap_share * ndtr(jnp.log(jnp.maximum(t, 1e-300) / gaps) / _GAP_SPREAD))
 
+    own_means = {"ttft": ttft_mean, "e2e": e2e_mean}
+    of = {"ttft": of_ttft, "tpot": of_tpot, "itl": of_itl, "e2e": of_e2e}
+    attained = {}
+    for metric, times in (at or {}).items():
+        scale = own_means[metric] / (means or {})[metric] if metric in (means or {}) else jnp.ones(())
+        attained[metric] = jax.vmap(of[metric])(times * scale)
+
     wanted = jnp.asarray(percentiles, dtype=float) / 100.0
     longest = jnp.max(wait)
     high = jnp.max(mean + 12.0 * jnp.sqrt(both)) + 25.0 * longest
@@ -239,6 +254,7 @@ def latency_distribution(
         tpot=_quantiles(of_tpot, wanted, high),
         itl=_quantiles(of_itl, wanted, 2.0 * jnp.max(gaps)),
         e2e=_quantiles(of_e2e, wanted, high),
+        attained=attained,
     )
 
 
@@ -304,6 +320,8 @@ def _cdf(t, mean, variance, wait):
 
 def _quantiles(cdf, wanted, high):
     """t with cdf(t) = wanted by bisection on [0, high]; derivatives by the implicit function theorem."""
+    if not wanted.size:
+        return wanted
 
     def one(probability):
         def gap(t):

@@ -1,13 +1,17 @@
 """Waiting and percentiles of a deployment: :mod:`diffspec.latency_distribution` over what a request costs on it."""
 
+from collections.abc import Mapping
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from diffspec.acceptance import AbstractPositionwise
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.latency_distribution import PERCENTILES, LatencyDistribution, Pace, latency_distribution
 from diffspec.lengths import Lengths
+from diffspec.parameters import Scalar
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
 from diffspec.steady_state import SATURATION_MARGIN
@@ -31,12 +35,16 @@ def predict_distribution(
     *,
     states: int = 256,
     percentiles: tuple[float, ...] = PERCENTILES,
+    at: Mapping[str, Float[Array, "times"]] | None = None,
+    means: Mapping[str, Scalar] | None = None,
 ) -> LatencyDistribution:
     """Waiting, means and percentiles of ttft, tpot, itl and e2e [s] in an open loop.
 
     ``lengths``: the law of output lengths (workload.output_scv is not looked at); ``states``: static size of the chain,
     at least the cap (see :func:`states_for`). ``first_token_steps`` counts the step that carries the prompt, during
     which its place is held, and half as much before it begins. Above 0.999 of capacity the numbers are those there.
+    ``at``, ``means``: times [s] by metric whose probability is told too, and the means to scale to
+    (:func:`diffspec.latency_distribution.latency_distribution`).
     Errors: :class:`InputError` for a closed loop.
 
     >>> from diffspec.step_time import AffineStepTime
@@ -91,6 +99,8 @@ def predict_distribution(
         cap=cap,
         arrival_scv=workload.arrival_scv,
         percentiles=percentiles,
+        at=at,
+        means=means,
     )
 
 

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.analysis.answers import METRICS
+from diffspec.latency_distribution import PERCENTILES
 from diffspec.results import InputError
 
 LIMITED = ("ttft_mean", "itl_mean", "tpot_mean", "e2e_mean", "throughput", "utilization")
+PERCENTILE_LIMITED = tuple(f"{name}_p{percent}" for name in ("ttft", "tpot", "itl", "e2e") for percent in PERCENTILES)
+"""Limits on percentiles, which only open loops have; allowed where a verb says so."""
 OBJECTIVES = ("e2e_mean", "ttft_mean", "tpot_mean", "itl_mean", "throughput")
 _PATTERN = re.compile(r"^\s*([A-Za-z0-9_]+)\s*(<=|>=|<|>)\s*([0-9.eE+-]+)\s*$")
 
@@ -25,6 +28,18 @@ class Limit(NamedTuple):
     bound: float
 
     @property
+    def percentile(self) -> tuple[str, float] | None:
+        """(metric, share of requests that must keep it) of a limit on a percentile, None of one on a mean.
+
+        >>> Limit("ttft_p95", 1, 0.5).percentile
+        ('ttft', 0.95)
+        """
+        if self.metric not in PERCENTILE_LIMITED:
+            return None
+        metric, percent = self.metric.split("_p")
+        return metric, float(percent) / 100.0
+
+    @property
     def text(self) -> str:
         """As a user writes it, such as ``ttft_mean<0.5``."""
         return f"{self.metric}{'<' if self.sign > 0 else '>'}{self.bound:g}"
@@ -34,8 +49,8 @@ class Limit(NamedTuple):
         return self.sign * (jnp.log(value) - math.log(self.bound))
 
 
-def parse_limit(text: str) -> Limit:
-    """Read ``metric<bound`` or ``metric>bound`` (seconds, req/s or a fraction).
+def parse_limit(text: str, allowed: Sequence[str] = LIMITED) -> Limit:
+    """Read ``metric<bound`` or ``metric>bound`` (seconds, req/s or a fraction) of one of the ``allowed`` metrics.
 
     Errors: :class:`InputError` naming what was got and what is allowed.
 
@@ -46,10 +61,10 @@ def parse_limit(text: str) -> Limit:
     if match is None:
         raise InputError(f"limit: got {text!r}; allowed: METRIC<NUMBER or METRIC>NUMBER, such as 'ttft_mean<0.5'")
     metric, comparison, number = match.groups()
-    if metric not in LIMITED:
-        near = difflib.get_close_matches(metric, LIMITED, 1, 0.5)
+    if metric not in allowed:
+        near = difflib.get_close_matches(metric, allowed, 1, 0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"limit {text!r}: unknown metric {metric!r}; allowed: {', '.join(LIMITED)}{hint}")
+        raise InputError(f"limit {text!r}: unknown metric {metric!r}; allowed: {', '.join(allowed)}{hint}")
     try:
         bound = float(number)
     except ValueError:
