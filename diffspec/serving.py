@@ -104,13 +104,13 @@ class ServingModel(eqx.Module):
                 state = self._finite_run(workload, request, state, cap)
             times = self._times(request, state.batch_seen)
             if config.max_batched_tokens is not None:  # of that wait the residence holds the others' prefill
-                _, met = self._foreign_prefill(request, state, times, sync)
+                _, met = self._foreign_prefill(request, state.residence_time, times, sync)
                 waiting = waiting + jnp.maximum(self._prompt_wait(workload, request, state) - met, 0.0)
         else:
             state = solve_closed_loop(residence, workload.concurrency, max_batch_size=cap)  # type: ignore[arg-type]
             in_flight = jnp.asarray(workload.concurrency, dtype=float)
             waiting = jnp.maximum(in_flight - state.effective_batch_size, 0.0) / state.throughput
-            sync = self.closed_loop_sync / (1.0 + request.spread / self.sync_spread)
+            sync = self._sync(request)
             times = self._times(request, state.batch_seen)
         return self._assemble(workload, request, state, times, sync, waiting)
 
@@ -173,6 +173,16 @@ class ServingModel(eqx.Module):
         equilibrium :meth:`predict` solves."""
         return self._times(self.request_cost(workload, config), jnp.asarray(batch_seen, dtype=float))[0]
 
+    def times_in_service(self, workload: Workload, config: Configuration, batch_seen: Scalar):
+        """(:meth:`residence_time`, and its parts until the first token and after it) [s], waiting left out."""
+        request = self.request_cost(workload, config)
+        times = self._times(request, jnp.asarray(batch_seen, dtype=float))
+        sync = 0.0 if workload.is_open else self._sync(request)
+        _, in_ttft = self._foreign_prefill(request, times[0], times, sync)
+        first = self.request_overhead + request.prefill + in_ttft + times[3] * times[1].total
+        first = jnp.where(jnp.asarray(workload.output_length, dtype=float) <= 1.0, times[0], first)
+        return times[0], first, times[0] - first
+
     def step_parts(self, workload: Workload, config: Configuration, sequences: Scalar) -> StepParts:
         """Parts of the engine step [s] over ``sequences`` decoding requests of this workload."""
         return self.request_cost(workload, config).step_parts(sequences)
@@ -192,6 +202,10 @@ class ServingModel(eqx.Module):
             + (request.steps + shared_steps) * parts.total
         )
         return residence, parts, others, shared_steps
+
+    def _sync(self, request: RequestCost):
+        """How far the requests of a closed loop start together, see the class."""
+        return self.closed_loop_sync / (1.0 + request.spread / self.sync_spread)
 
     def _shared_steps(self, request: RequestCost, n, others):
         """Others' steps [step] until the first token, and the sequences that decode of n in service."""
@@ -221,7 +235,7 @@ class ServingModel(eqx.Module):
             return jnp.zeros_like(full) if waiting is None else waiting
         return self._wait_of_run(workload, cap, cap / full, waiting, service_scv, spread)
 
-    def _foreign_prefill(self, request: RequestCost, state: SteadyState, times, sync):
+    def _foreign_prefill(self, request: RequestCost, residence, times, sync):
         """The prefill of others' prompts [s] that a request pays, and how much of it before its first token.
 
         Others' prompts fall evenly on the time of a request, its own prefill counting for (1/2 + rho)/(1 + rho) of
@@ -230,7 +244,7 @@ class ServingModel(eqx.Module):
         """
         _, parts, others, shared_steps = times
         foreign = request.prefill * self.prefill_interference * others
-        load = jnp.clip(foreign / state.residence_time, 0.0, 1.0)
+        load = jnp.clip(foreign / residence, 0.0, 1.0)
         joining = shared_steps * parts.total
         before = joining + request.prefill * (0.5 + load) / (1.0 + load)
         evenly = before / jnp.maximum(joining + request.prefill + request.steps * parts.total, 1e-30)
@@ -322,7 +336,7 @@ class ServingModel(eqx.Module):
     def _assemble(self, workload, request: RequestCost, state: SteadyState, times, sync, waiting) -> Prediction:
         residence, parts, others, shared_steps = times
         alone = request.step_parts(jnp.full_like(others, self.self_share))
-        foreign_prefill, in_ttft = self._foreign_prefill(request, state, times, sync)
+        foreign_prefill, in_ttft = self._foreign_prefill(request, state.residence_time, times, sync)
         ttft = waiting + self.request_overhead + request.prefill + in_ttft + shared_steps * parts.total
         decode = request.steps * parts.total + foreign_prefill - in_ttft
         e2e = waiting + residence

@@ -1,0 +1,148 @@
+"""Which schedule over the batch, when the model itself is not sure: candidates, and a score over draws of it.
+
+A candidate takes, at each batch, the draft length with the least cost: by the fitted parameters, by the expectation
+over draws, or by a quantile of them; limits add the same with every cap on the draft length. Each candidate is then
+judged whole, at every load, in every draw, by the chain of :mod:`diffspec.optimizing.under_schedule`:
+
+    score = (loads at which the limits hold; then the mean over loads of log R(latency over draws))
+
+with R the expectation (a saturated draw counts with its latency at 0.999 of capacity, a lower bound), a quantile (a
+saturated draw is worse than any other), or the value of the fit itself.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from diffspec.optimizing.batch_tables import BatchTables
+from diffspec.optimizing.limits import Limit
+from diffspec.optimizing.tiers import UNLIKELY, merged_tiers
+from diffspec.optimizing.under_schedule import UnderSchedule
+from diffspec.results import InputError
+
+MOST_SATURATED = 0.5
+"""An expectation is no answer where more draws than that saturate."""
+
+
+class Risk(NamedTuple):
+    """``kind``: "point" (the fit itself), "mean" (expectation over draws) or "quantile", which is at ``level``."""
+
+    kind: str
+    level: float = 0.5
+
+    @property
+    def text(self) -> str:
+        """As a user writes it."""
+        return f"{self.level:g}" if self.kind == "quantile" else self.kind
+
+    def over(self, values: np.ndarray) -> np.ndarray:
+        """R over the first axis (draws) of ``values``, which may be infinite."""
+        if self.kind == "quantile":
+            return np.quantile(values, self.level, axis=0, method="inverted_cdf")
+        return values.mean(axis=0)
+
+
+def parse_risk(risk: str | float | int) -> Risk:
+    """``point``, ``mean``, or a level between 0 and 1.
+
+    >>> parse_risk("mean"), parse_risk(0.9).text
+    (Risk(kind='mean', level=0.5), '0.9')
+    """
+    if risk in ("point", "mean"):
+        return Risk(str(risk))
+    try:
+        level = float(risk)
+    except (TypeError, ValueError):
+        level = np.nan
+    if not 0.0 < level < 1.0:
+        raise InputError(f"risk: got {risk!r}; allowed: point, mean, or a quantile between 0 and 1, such as 0.9")
+    return Risk("quantile", level)
+
+
+def log_costs(tables: BatchTables, objective: str) -> np.ndarray:
+    """[draft lengths, batches]: log of the objective at each whole batch; throughput is n/residence, so its cost is
+    that of the residence."""
+    residence, ttft = tables.residence[:, :-1], tables.ttft[:, :-1]
+    decode = np.maximum(residence - ttft, 1e-30)
+    value = {
+        "ttft_mean": ttft,
+        "tpot_mean": decode,
+        "itl_mean": decode / np.maximum(tables.steps[:, None], 1e-9),
+    }.get(objective, residence)
+    return np.where(tables.allowed[:, :-1], np.log(value), UNLIKELY)
+
+
+def risk_costs(costs: np.ndarray, risk: Risk) -> np.ndarray:
+    """:func:`log_costs` of draws [draws, draft lengths, batches] as one table; out of reach in any draw is out of
+    reach."""
+    away = (costs >= UNLIKELY).any(axis=0)
+    held = np.minimum(costs, 500.0)
+    if risk.kind == "quantile":
+        found = np.quantile(held, risk.level, axis=0, method="inverted_cdf")
+    else:
+        top = held.max(axis=0)
+        found = top + np.log(np.mean(np.exp(held - top), axis=0))
+    away[:, away.all(axis=0)] = False
+    return np.where(away, UNLIKELY, found)
+
+
+def candidates(
+    tables: Sequence[np.ndarray],
+    lengths: Sequence[int],
+    *,
+    capped: bool,
+    min_gain: float,
+    min_width: int,
+) -> list[np.ndarray]:
+    """Draft lengths of batches 1, 2, ... by each of the cost ``tables`` [draft lengths, batches], of the draft lengths
+    ``lengths`` alone; with ``capped`` also of those up to each of them. Tiers are merged; every schedule once."""
+    found: dict[bytes, np.ndarray] = {}
+    for cost in tables:
+        for count in range(1 if capped else len(lengths), len(lengths) + 1):
+            among = np.asarray(lengths[:count])
+            best = among[np.argmin(cost[among], axis=0)]
+            merged = merged_tiers(best, cost, min_gain=min_gain, min_width=min_width)
+            found.setdefault(merged.tobytes(), merged)
+    return list(found.values())
+
+
+class Judged(NamedTuple):
+    """Schedules judged over draws: ``objective`` [draws, schedules, loads] (infinite where saturated) and its ``risk``
+    [schedules, loads], ``feasible`` [schedules, loads] and ``score`` [schedules, 2], of which the smallest is best."""
+
+    objective: np.ndarray
+    risk: np.ndarray
+    feasible: np.ndarray
+    score: np.ndarray
+
+
+def judge(found: Sequence[UnderSchedule], limits: Sequence[Limit], objective: str, risk: Risk) -> Judged:
+    """Judge schedules by what they give in each of the draws ``found``."""
+    saturated = np.stack([each.saturated for each in found])
+    sign = -1.0 if objective == "throughput" else 1.0
+
+    def over(name: str) -> np.ndarray:
+        values = np.stack([each.metrics[name] for each in found])
+        if risk.kind != "quantile":
+            return risk.over(values)
+        worst = np.where(saturated, -np.inf if name == "throughput" else np.inf, values)
+        return -risk.over(-worst) if name == "throughput" else risk.over(worst)
+
+    share = saturated.mean(axis=0)
+    allowed = 1.0 - risk.level if risk.kind == "quantile" else MOST_SATURATED
+    feasible = share <= allowed
+    for limit in limits:
+        with np.errstate(divide="ignore"):
+            feasible &= np.asarray(limit.excess(over(limit.metric))) <= 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cost = np.minimum(sign * np.log(over(objective)), UNLIKELY)
+    score = np.stack([-feasible.sum(axis=1).astype(float), cost.mean(axis=1)], axis=1)
+    values = np.stack([each.metrics[objective] for each in found])
+    values = np.where(saturated, 0.0 if objective == "throughput" else np.inf, values)
+    return Judged(values, over(objective), feasible, score)
+
+
+def best(judged: Judged, among: Sequence[int]) -> int:
+    """The schedule with the least score of those ``among`` [places]; the first of equals."""
+    return min(among, key=lambda place: (judged.score[place, 0], round(float(judged.score[place, 1]), 12)))
