@@ -49,13 +49,14 @@ if TYPE_CHECKING:
     from diffspec.fitting.update import update
     from diffspec.hardware import Accelerator, accelerator
     from diffspec.lengths import Lengths
+    from diffspec.optimizing.load_policy import policy
     from diffspec.optimizing.optimize import optimize
     from diffspec.percentiles import predict_distribution
     from diffspec.prediction import Prediction
     from diffspec.resources import MemoryPlan, energy_per_token, memory_plan
     from diffspec.results import RESULTS, DiffspecError, InputError, NoResultError, TraceError
     from diffspec.serving import ServingModel
-    from diffspec.simulating import Engine, simulate
+    from diffspec.simulating import DraftSchedule, Engine, simulate
     from diffspec.staircase import StaircaseStepTime
     from diffspec.steady_state import SteadyState, solve_closed_loop, solve_open_loop
     from diffspec.step_time import AbstractStepTime, AffineStepTime, ExpertCost, RooflineStepTime
@@ -79,6 +80,7 @@ __all__ = [
     "DiffspecError",
     "DraftCost",
     "DraftModel",
+    "DraftSchedule",
     "Efficiency",
     "Engine",
     "ExpertCost",
@@ -129,6 +131,7 @@ __all__ = [
     "marginal_to_conditional",
     "memory_plan",
     "optimize",
+    "policy",
     "predict_answer",
     "predict_before_traces",
     "predict_distribution",
@@ -211,6 +214,7 @@ _HOMES = {
         "accelerator",
     ),
     "lengths": ("Lengths",),
+    "optimizing.load_policy": ("policy",),
     "optimizing.optimize": ("optimize",),
     "percentiles": ("predict_distribution",),
     "resources": (
@@ -228,7 +232,10 @@ _HOMES = {
     "configuration": ("Configuration",),
     "prediction": ("Prediction",),
     "serving": ("ServingModel",),
-    "simulating": ("Engine",),
+    "simulating": (
+        "DraftSchedule",
+        "Engine",
+    ),
     "simulating.simulation": ("simulate",),
     "staircase": ("StaircaseStepTime",),
     "steady_state": (

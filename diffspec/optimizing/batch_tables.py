@@ -35,7 +35,8 @@ class BatchTables(NamedTuple):
     * ``pace`` [s/tok]: step time over tokens per step; ``residence``, ``ttft`` [s]: time in service and its part until
       the first token, beyond a draft length's own largest batch as in the module; ``prompt_service`` [s]: of the token
       budget; ``step`` [s]: the engine step
-    * ``interference`` [1]: of a prompt with the others, ``budgeted``: whether a token budget was asked with
+    * ``first_token_steps`` [step] that a prompt waits at a busy engine, ``interference`` [1] of a prompt with the
+      others, ``budgeted``: whether a token budget was asked with
     """
 
     sizes: np.ndarray
@@ -49,6 +50,7 @@ class BatchTables(NamedTuple):
     residence: np.ndarray
     ttft: np.ndarray
     prompt_service: np.ndarray
+    first_token_steps: float
     interference: float
     budgeted: bool
 
@@ -126,8 +128,14 @@ def batch_tables(
 ) -> BatchTables:
     """The table of draft lengths 0..``longest`` at batches 1..``batches`` and at the largest of all, no more than
     batches + 1; ``config`` at any draft length, floats as leaves."""
-    found = (np.asarray(part) for part in _tables(longest, batches, serving, workload, config))
-    return BatchTables(*found, float(serving.prefill_interference), config.max_batched_tokens is not None)
+    found = map(np.asarray, _tables(longest, batches, serving, workload, config))
+    columns = dict(zip(BatchTables._fields, found, strict=False))
+    return BatchTables(
+        **columns,
+        first_token_steps=float(serving.first_token_steps),
+        interference=float(serving.prefill_interference),
+        budgeted=config.max_batched_tokens is not None,
+    )
 
 
 def schedule_length(config: Configuration, workload: Workload) -> int:

@@ -34,7 +34,17 @@ from diffspec.optimizing.policy_answer import (
     off_above,
     tier_entries,
 )
-from diffspec.optimizing.robust_choice import Risk, best, candidates, judge, log_costs, parse_risk, risk_costs
+from diffspec.optimizing.robust_choice import (
+    BROKEN,
+    Risk,
+    best,
+    candidates,
+    judge,
+    limit_excess,
+    log_costs,
+    parse_risk,
+    risk_costs,
+)
 from diffspec.optimizing.schedule import ranges_of
 from diffspec.optimizing.under_schedule import UnderSchedule, under_schedules
 from diffspec.results import InputError
@@ -230,8 +240,16 @@ def _schedule_for(
     costs = np.stack([log_costs(tables, asked.objective) for tables in drawn]) if drawn else point[None]
     cost = point if asked.risk.kind == "point" else risk_costs(costs, asked.risk)
     loads = np.asarray(_default_loads(centre) if asked.loads is None else asked.loads, dtype=float)
+    tables = [cost, point]
+    if asked.limits:
+        tables.append(cost + BROKEN * limit_excess(centre, asked.limits, asked.output_length))
     found = candidates(
-        [cost, point], asked.lengths, capped=bool(asked.limits), min_gain=asked.min_gain, min_width=asked.min_width
+        tables,
+        asked.lengths,
+        capped=bool(asked.limits),
+        weight=_weight(centre, point, loads, asked),
+        min_gain=asked.min_gain,
+        min_width=asked.min_width,
     )
     statics = [np.full(batches, k) for k in range(asked.max_draft_length + 1)]
     both = np.stack(found + statics)
@@ -262,6 +280,7 @@ def _schedule_for(
     return {
         "prompt_length": prompt,
         "output_length": asked.output_length,
+        "cached_tokens": prompt + 0.5 * asked.output_length * (1.0 + asked.workload_fields["output_scv"]),
         "batches": batches,
         "schedule": ranges_of(schedule),
         "off_above": off_above(schedule),
@@ -270,13 +289,23 @@ def _schedule_for(
         "bands": bands,
         "loads": entries,
         "gain": gains,
-        "advice": advice(schedule, static_length, gains, entries, deployment.plain_measured),
+        "advice": advice(schedule, static_length, gains, entries, deployment.plain_measured, bool(asked.limits)),
     }
 
 
 def _default_loads(tables: BatchTables) -> list[float]:
     last = tables.kept[-1]
     return [share * float(np.max(tables.sizes[last] / tables.residence[:, last])) for share in SHARES]
+
+
+def _weight(tables: BatchTables, cost: np.ndarray, loads: np.ndarray, asked: Asked) -> np.ndarray:
+    """How much each batch counts within its tier: half by the time that the loads spend there, half alike."""
+    among = np.asarray(asked.lengths)
+    greedy = among[np.argmin(cost[among], axis=0)][None]
+    share = under_schedules(tables, greedy, loads, asked.loop, asked.output_length).probability[0, :, 1:].mean(axis=0)
+    alike = np.full(tables.batches, 1.0 / tables.batches)
+    alike[: share.size] += share[: tables.batches]
+    return 0.5 * alike
 
 
 def _caveats(deployment, contexts, asked: Asked, acceptance) -> list[str]:

@@ -19,6 +19,9 @@ from diffspec.optimizing.under_schedule import UnderSchedule
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
 
+ENDS = 8
+"""Questions after break-even acceptance are asked in multiples of so many."""
+
 AS_GOOD = 1.005
 """A schedule that gains less over one draft length is no better in words."""
 
@@ -87,7 +90,7 @@ def add_break_even(tiers, models: Iterable[ServingModel], workload: Workload, co
     if not drafting:
         return
     ends = [(tier["draft_length"], tier[name]) for tier in drafting for name in ("first_batch", "last_batch")]
-    size = 2 ** int(np.ceil(np.log2(len(ends))))  # few program sizes, few compilations
+    size = ENDS * -(-len(ends) // ENDS)  # few program sizes, few compilations
     lengths, batches = (np.resize(column, size) for column in zip(*ends, strict=True))
     found = [break_even(model, workload, config, lengths, batches) for model in models]
     rates, emitted = (
@@ -132,7 +135,7 @@ def load_entries(
             "capacity": finite(at_centre.capacity[chosen, place]),
             "metrics": {} if saturated else metrics,
             "risk_value": finite(judged.risk[chosen, place]),
-            "violations": {} if saturated else _violations(asked.limits, metrics),
+            "violations": _violations(asked.limits, {name: v[chosen, place] for name, v in judged.limited.items()}),
             "saturated_share": float(np.mean([each.saturated[chosen, place] for each in under_draws]))
             if under_draws
             else None,
@@ -162,12 +165,11 @@ def _ratio(found: UnderSchedule, other: int, chosen: int) -> np.ndarray:
         return np.where(found.saturated[chosen], np.nan, e2e[other] / e2e[chosen])
 
 
-def _violations(limits: Sequence[Limit], metrics) -> dict[str, Any]:
-    return {
-        limit.text: {"value": metrics[limit.metric], "bound": limit.bound}
-        for limit in limits
-        if metrics[limit.metric] is None or float(limit.excess(metrics[limit.metric])) > 0
-    }
+def _violations(limits: Sequence[Limit], values) -> dict[str, Any]:
+    """The limits that do not hold, with what the risk makes of their metric; None where it is infinite."""
+    with np.errstate(divide="ignore"):
+        broken = [limit for limit in limits if float(limit.excess(values[limit.metric])) > 0]
+    return {limit.text: {"value": finite(values[limit.metric]), "bound": limit.bound} for limit in broken}
 
 
 def lengths_of(fields) -> dict[str, float]:
@@ -190,12 +192,12 @@ def gain_entry(entries, under_draws, judged: Judged, places, plain_known: bool) 
     return told
 
 
-def advice(schedule, static: int, gains, entries, plain_known: bool) -> list[str]:
+def advice(schedule, static: int, gains, entries, plain_known: bool, limited: bool) -> list[str]:
     """What to do, in words."""
     tiers, off = ranges_of(schedule), off_above(schedule)
     lines = []
     if not (schedule > 0).any():
-        return ["leave speculation off: no draft length pays at any batch"]
+        return ["leave speculation off: no draft length pays at any batch" + (" within the limits" if limited else "")]
     if off is not None:
         lines.append(f"leave speculation off above batch {off}")
     elif plain_known and (schedule > 0).all():

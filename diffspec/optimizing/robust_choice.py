@@ -1,8 +1,9 @@
 """Which schedule over the batch, when the model itself is not sure: candidates, and a score over draws of it.
 
 A candidate takes, at each batch, the draft length with the least cost: by the fitted parameters, by the expectation
-over draws, or by a quantile of them; limits add the same with every cap on the draft length. Each candidate is then
-judged whole, at every load, in every draw, by the chain of :mod:`diffspec.optimizing.under_schedule`:
+over draws, or by a quantile of them; limits add the same with every cap on the draft length, and with those that would
+break a limit at that batch put last. Each candidate is then judged whole, at every load, in every draw, by the chain of
+:mod:`diffspec.optimizing.under_schedule`:
 
     score = (loads at which the limits hold; then the mean over loads of log R(latency over draws))
 
@@ -17,9 +18,13 @@ import numpy as np
 
 from diffspec.optimizing.batch_tables import BatchTables
 from diffspec.optimizing.limits import Limit
+from diffspec.optimizing.schedule import ranges_of
 from diffspec.optimizing.tiers import UNLIKELY, merged_tiers
 from diffspec.optimizing.under_schedule import UnderSchedule
 from diffspec.results import InputError
+
+BROKEN = 100.0
+"""Log cost of each log excess over a limit, in the candidates that keep limits batch by batch."""
 
 MOST_SATURATED = 0.5
 """An expectation is no answer where more draws than that saturate."""
@@ -73,18 +78,32 @@ def log_costs(tables: BatchTables, objective: str) -> np.ndarray:
     return np.where(tables.allowed[:, :-1], np.log(value), UNLIKELY)
 
 
+def limit_excess(tables: BatchTables, limits: Sequence[Limit], output_length: float) -> np.ndarray:
+    """[draft lengths, batches]: the worst log excess over the limits on latencies, 0 where they are kept, as if the
+    batch stayed what it is."""
+    residence, ttft = tables.residence[:, :-1], tables.ttft[:, :-1]
+    decode = np.maximum(residence - ttft, 1e-30)
+    values = {
+        "ttft_mean": ttft,
+        "itl_mean": decode / np.maximum(tables.steps[:, None], 1e-9),
+        "tpot_mean": decode / max(output_length - 1.0, 1e-9),
+        "e2e_mean": residence,
+    }
+    known = [np.asarray(limit.excess(values[limit.metric])) for limit in limits if limit.metric in values]
+    return np.maximum(np.max(known, axis=0), 0.0) if known else np.zeros_like(residence)
+
+
 def risk_costs(costs: np.ndarray, risk: Risk) -> np.ndarray:
     """:func:`log_costs` of draws [draws, draft lengths, batches] as one table; out of reach in any draw is out of
     reach."""
-    away = (costs >= UNLIKELY).any(axis=0)
+    away = np.any(costs >= UNLIKELY, axis=0)
     held = np.minimum(costs, 500.0)
     if risk.kind == "quantile":
         found = np.quantile(held, risk.level, axis=0, method="inverted_cdf")
     else:
         top = held.max(axis=0)
         found = top + np.log(np.mean(np.exp(held - top), axis=0))
-    away[:, away.all(axis=0)] = False
-    return np.where(away, UNLIKELY, found)
+    return np.where(away & ~away.all(axis=0), UNLIKELY, found)
 
 
 def candidates(
@@ -92,27 +111,33 @@ def candidates(
     lengths: Sequence[int],
     *,
     capped: bool,
+    weight: np.ndarray,
     min_gain: float,
     min_width: int,
 ) -> list[np.ndarray]:
     """Draft lengths of batches 1, 2, ... by each of the cost ``tables`` [draft lengths, batches], of the draft lengths
-    ``lengths`` alone; with ``capped`` also of those up to each of them. Tiers are merged; every schedule once."""
+    ``lengths`` alone; with ``capped`` also of those up to each of them. Tiers are merged, and each is then given the
+    draft length with the least cost over its batches by ``weight`` [batches]; every schedule once."""
     found: dict[bytes, np.ndarray] = {}
     for cost in tables:
         for count in range(1 if capped else len(lengths), len(lengths) + 1):
             among = np.asarray(lengths[:count])
             best = among[np.argmin(cost[among], axis=0)]
             merged = merged_tiers(best, cost, min_gain=min_gain, min_width=min_width)
+            for first, last, _ in ranges_of(merged):
+                within = np.minimum(cost[among, first - 1 : last], UNLIKELY) @ weight[first - 1 : last]
+                merged[first - 1 : last] = among[np.argmin(within)]
+            merged = merged_tiers(merged, cost, min_gain=min_gain, min_width=min_width)
             found.setdefault(merged.tobytes(), merged)
     return list(found.values())
 
 
 class Judged(NamedTuple):
-    """Schedules judged over draws: ``objective`` [draws, schedules, loads] (infinite where saturated) and its ``risk``
-    [schedules, loads], ``feasible`` [schedules, loads] and ``score`` [schedules, 2], of which the smallest is best."""
+    """Schedules judged over draws: ``risk`` of the objective and of each ``limited`` metric, and ``feasible``, all
+    [schedules, loads]; ``score`` [schedules, 2], of which the smallest is best."""
 
-    objective: np.ndarray
     risk: np.ndarray
+    limited: dict[str, np.ndarray]
     feasible: np.ndarray
     score: np.ndarray
 
@@ -132,15 +157,14 @@ def judge(found: Sequence[UnderSchedule], limits: Sequence[Limit], objective: st
     share = saturated.mean(axis=0)
     allowed = 1.0 - risk.level if risk.kind == "quantile" else MOST_SATURATED
     feasible = share <= allowed
+    limited = {limit.metric: over(limit.metric) for limit in limits}
     for limit in limits:
         with np.errstate(divide="ignore"):
-            feasible &= np.asarray(limit.excess(over(limit.metric))) <= 0
+            feasible &= np.asarray(limit.excess(limited[limit.metric])) <= 0
     with np.errstate(divide="ignore", invalid="ignore"):
         cost = np.minimum(sign * np.log(over(objective)), UNLIKELY)
     score = np.stack([-feasible.sum(axis=1).astype(float), cost.mean(axis=1)], axis=1)
-    values = np.stack([each.metrics[objective] for each in found])
-    values = np.where(saturated, 0.0 if objective == "throughput" else np.inf, values)
-    return Judged(values, over(objective), feasible, score)
+    return Judged(over(objective), limited, feasible, score)
 
 
 def best(judged: Judged, among: Sequence[int]) -> int:

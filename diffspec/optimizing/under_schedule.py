@@ -4,11 +4,13 @@ In an open loop the number in the system is a birth-death chain (:mod:`diffspec.
 deaths at n/residence_k(n)(n), k(n) the schedule. So the batch is not one number but a distribution P(n), which reaches
 over the thresholds of the schedule, and Little's law holds exactly:
 
-    e2e = waiting + sum n P(n)/load,      ttft = waiting + sum P(n) ttft_k(n+1) (an arrival sees n others)
+    e2e = waiting + sum n P(n)/load,      ttft = waiting + sum P(n) ttft_k(n+1) (an arrival finds n others)
     itl = sum n P(n) decode/residence / sum n P(n) steps/residence,      tpot = (e2e - ttft)/(output_length - 1)
 
-One draft length for all batches is the schedule of one tier, so both are compared on equal terms. In a closed loop the
-batch is min(concurrency, largest). Everything here is for many schedules and loads at once.
+The steps that a prompt waits for at a busy engine count as in :mod:`diffspec.serving`, B/(1 + B) of them at the mean
+batch B: that is how they are fitted. One draft length for all batches is the schedule of one tier, so both are compared
+on equal terms. In a closed loop the batch is min(concurrency, largest). Everything here is for many schedules and loads
+at once.
 """
 
 from typing import NamedTuple
@@ -107,11 +109,12 @@ def under_schedules(
     if tables.budgeted:
         prompts = tables.prompt_service[chosen, kept]
         waiting = waiting + _prompt_waits(sizes, prompts, rate, in_service)
-    seen = np.einsum("slm,sm->sl", share[..., :-1], ttft) + share[..., -1] * ttft[:, -1:]
-    first = np.minimum(seen, in_service)
+    mean = share[..., 1:] @ sizes
+    joining = tables.first_token_steps * tables.step[chosen, kept]
+    own = _seen_by_arrivals(share, ttft - joining * (sizes - 1.0) / sizes)  # the steps are those of the mean batch
+    first = np.minimum(own + mean / (1.0 + mean) * _seen_by_arrivals(share, joining), in_service)
     decode, flow = residence - ttft, share[..., 1:] * sizes / residence[:, None]
     event = np.einsum("slm,sm->sl", flow, decode) / np.maximum(np.einsum("slm,sm->sl", flow, steps), 1e-30)
-    mean = share[..., 1:] @ sizes
     square = share[..., 1:] @ sizes**2
     return UnderSchedule(
         _metrics(waiting + first, event, waiting + in_service, rate, output_length)
@@ -122,6 +125,11 @@ def under_schedules(
         np.broadcast_to(largest[:, None], rate.shape),
         share,
     )
+
+
+def _seen_by_arrivals(share: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Mean of ``table`` [schedules, batches] as arrivals see it, with one more in service than there was before."""
+    return np.einsum("slm,sm->sl", share[..., :-1], table) + share[..., -1] * table[:, -1:]
 
 
 def _closed(sizes, residence, ttft, steps, loads, output_length) -> UnderSchedule:

@@ -115,8 +115,10 @@ def from_arrivals(
     """Requests at given times [s] (drawn by :func:`draw_arrivals`, or of a recorded trace), their lengths given each or
     one for all [tok]."""
     count = len(arrival_time)
-    lengths = (np.broadcast_to(np.asarray(value).astype(np.int64), count) for value in (prompt_tokens, output_tokens))
-    return Requests(*lengths, np.asarray(arrival_time, dtype=float))
+    prompts, outputs = (
+        np.broadcast_to(np.asarray(value).astype(np.int64), count) for value in (prompt_tokens, output_tokens)
+    )
+    return Requests(prompts, outputs, np.asarray(arrival_time, dtype=float))
 
 
 def draw_gaps(rate: float, scv: float, n: int, random: np.random.Generator) -> Float[np.ndarray, "n"]:
