@@ -173,15 +173,14 @@ class ServingModel(eqx.Module):
         equilibrium :meth:`predict` solves."""
         return self._times(self.request_cost(workload, config), jnp.asarray(batch_seen, dtype=float))[0]
 
-    def times_in_service(self, workload: Workload, config: Configuration, batch_seen: Scalar):
-        """(:meth:`residence_time`, and its parts until the first token and after it) [s], waiting left out."""
-        request = self.request_cost(workload, config)
+    def times_in_service(self, workload: Workload, request: RequestCost, batch_seen: Scalar):
+        """Time in service of a ``request`` (:meth:`request_cost`) that sees ``batch_seen`` requests, itself included,
+        and its part until the first token, waiting left out [s]."""
         times = self._times(request, jnp.asarray(batch_seen, dtype=float))
         sync = 0.0 if workload.is_open else self._sync(request)
         _, in_ttft = self._foreign_prefill(request, times[0], times, sync)
         first = self.request_overhead + request.prefill + in_ttft + times[3] * times[1].total
-        first = jnp.where(jnp.asarray(workload.output_length, dtype=float) <= 1.0, times[0], first)
-        return times[0], first, times[0] - first
+        return times[0], jnp.where(jnp.asarray(workload.output_length, dtype=float) <= 1.0, times[0], first)
 
     def step_parts(self, workload: Workload, config: Configuration, sequences: Scalar) -> StepParts:
         """Parts of the engine step [s] over ``sequences`` decoding requests of this workload."""

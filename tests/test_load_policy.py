@@ -353,7 +353,6 @@ def test_an_answer_is_plain_and_consistent(answer):
             assert 0 < tier["breakeven_acceptance_rate"] < 1
             emitted = sum(tier["breakeven_acceptance_rate"] ** j for j in range(tier["draft_length"] + 1))
             assert tier["breakeven_tokens_per_step"] == pytest.approx(emitted, rel=1e-6)
-            # it pays at the given acceptance at both ends exactly where that lies above break-even
             assert tier["speedup_interval"]["low"] <= tier["speedup_interval"]["high"]
     for entry in context["loads"]:
         assert sum(entry["time_share"].values()) == pytest.approx(1.0)

@@ -6,11 +6,15 @@ length whose own largest batch is smaller (a token budget) keeps its throughput 
     residence_k(n) = n/most_k * residence_k(most_k),  n > most_k
 
 and the time that this adds to a request passes before its first token, since it waits for a place.
+
+Draft length 0 comes twice: as a server without a drafter, and inside a schedule, where the drafter stays loaded and
+reads every prompt (``idle``): its prefill is that of draft length 1.
 """
 
 from functools import partial
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +22,7 @@ import numpy as np
 from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.optimizing.relaxation import at_draft_length
+from diffspec.request_cost import RequestCost
 from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.waiting import queue_scv
 from diffspec.workload import Workload
@@ -35,6 +40,7 @@ class BatchTables(NamedTuple):
     * ``pace`` [s/tok]: step time over tokens per step; ``residence``, ``ttft`` [s]: time in service and its part until
       the first token, beyond a draft length's own largest batch as in the module; ``prompt_service`` [s]: of the token
       budget; ``step`` [s]: the engine step
+    * ``idle_residence``, ``idle_ttft`` [n] [s]: those of draft length 0 with the drafter loaded
     * ``first_token_steps`` [step] that a prompt waits at a busy engine, ``interference`` [1] of a prompt with the
       others, ``budgeted``: whether a token budget was asked with
     """
@@ -50,6 +56,8 @@ class BatchTables(NamedTuple):
     residence: np.ndarray
     ttft: np.ndarray
     prompt_service: np.ndarray
+    idle_residence: np.ndarray
+    idle_ttft: np.ndarray
     first_token_steps: float
     interference: float
     budgeted: bool
@@ -99,28 +107,34 @@ def _tables(longest: int, batches: int, serving: ServingModel, workload: Workloa
     top = jnp.clip(jnp.max(most), 1.0, batches + 1.0)
     sizes = jnp.append(jnp.arange(1, batches + 1, dtype=float), top)
 
-    def row(length, largest):
-        chosen = at_draft_length(config, length)
-        request = serving.request_cost(workload, chosen)
-
+    def times(request, largest):
         def cell(n):
             own = jnp.minimum(n, largest)
-            residence, first, _ = serving.times_in_service(workload, chosen, own)
+            residence, first = serving.times_in_service(workload, request, own)
             waits = residence * (n / own - 1.0)
-            return (
-                request.step_parts(n).total,
-                residence + waits,
-                first + waits,
-                request.prompt_service(n),
-            )
+            return residence + waits, first + waits
 
-        step, residence, first, prompts = jax.vmap(cell)(sizes)
+        return jax.vmap(cell)(sizes)
+
+    def row(length, largest):
+        request = serving.request_cost(workload, at_draft_length(config, length))
+        step = jax.vmap(lambda n: request.step_parts(n).total)(sizes)
+        prompts = jax.vmap(request.prompt_service)(sizes)
         tokens = jnp.ones(()) if config.acceptance is None else config.acceptance.moments(length)[0]
         emitted = 1.0 + config.draft_probability * (tokens - 1.0)
         scv = (request.spread / jnp.maximum(request.steps, 1e-9)) ** 2
-        return emitted, request.steps, scv, request.prefill, step / emitted, step, residence, first, prompts
+        costs = emitted, request.steps, scv, request.prefill, step / emitted, step
+        return *costs, *times(request, largest), prompts
 
-    return sizes, most, *jax.vmap(row)(lengths, most)
+    rows = jax.vmap(row)(lengths, most)
+    idle = idle_request(serving, workload, config)
+    return sizes, most, *rows, *times(idle, most[0])
+
+
+def idle_request(serving: ServingModel, workload: Workload, config: Configuration) -> RequestCost:
+    """The cost of a request at draft length 0 whose prompt a loaded drafter reads all the same."""
+    plain, drafted = (serving.request_cost(workload, at_draft_length(config, jnp.asarray(k))) for k in (0.0, 1.0))
+    return eqx.tree_at(lambda request: request.prefill, plain, drafted.prefill)
 
 
 def batch_tables(

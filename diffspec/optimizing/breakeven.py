@@ -1,4 +1,5 @@
-"""The acceptance below which drafting does not pay, at a batch: the root of residence_k(n; alpha) = residence_0(n).
+"""The acceptance below which drafting does not pay, at a batch: the root of residence_k(n; alpha) = residence_0(n),
+the latter with the drafter loaded, as a running engine falls back to it.
 
 Latency falls with acceptance whatever else the model holds, so the root is bracketed in [0, 1] and halved. At zero load
 and without prompts it is where E_alpha(k) = step(k)/step(0); for k = 1 and a drafter that costs the share c of a
@@ -16,6 +17,7 @@ import numpy as np
 from diffspec.acceptance import ConstantAcceptance
 from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
+from diffspec.optimizing.batch_tables import idle_request
 from diffspec.optimizing.relaxation import at_draft_length
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
@@ -34,10 +36,12 @@ class BreakEven(NamedTuple):
 @partial(jax.jit, compiler_options=FAST_COMPILE)
 def _break_even(serving: ServingModel, workload: Workload, config: Configuration, draft_lengths, batches):
     def one(length, batch):
+        idle = serving.times_in_service(workload, idle_request(serving, workload, config), batch)[0]
+
         def gap(rate):
             chosen = eqx.tree_at(lambda c: c.acceptance, config, ConstantAcceptance(rate))
-            drafting = serving.residence_time(workload, at_draft_length(chosen, length), batch)
-            return drafting - serving.residence_time(workload, at_draft_length(chosen, jnp.zeros(())), batch)
+            request = serving.request_cost(workload, at_draft_length(chosen, length))
+            return serving.times_in_service(workload, request, batch)[0] - idle
 
         def halve(_, bracket):
             low, high = bracket

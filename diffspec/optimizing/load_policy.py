@@ -43,6 +43,7 @@ from diffspec.optimizing.robust_choice import (
     limit_excess,
     log_costs,
     parse_risk,
+    plain_log_costs,
     risk_costs,
 )
 from diffspec.optimizing.schedule import ranges_of
@@ -269,14 +270,15 @@ def _schedule_for(
     plain = len(found)  # k = 0 at every batch
     schedule = both[chosen]
     report("break-even acceptance", 0.9)
-    tiers = tier_entries(schedule, point, costs if drawn else None, both[static], deployment.plain_measured)
+    plains = [plain_log_costs(tables, asked.objective) for tables in (centre, *drawn)]
+    tiers = tier_entries(schedule, point, costs if drawn else None, both[static], plains, deployment.plain_measured)
     add_break_even(tiers, [deployment.serving, *models], workload, config)
     bands = band_entries(schedule, cost, centre, costs if drawn else None, asked)
     entries = load_entries(
         deployment, asked, fields, loads, schedule, at_centre, under_draws, judged, (chosen, static, plain)
     )
     static_length = int(both[static][0])
-    gains = gain_entry(entries, under_draws, judged, (chosen, static, plain), deployment.plain_measured)
+    gains = gain_entry([at_centre, *under_draws], (chosen, static, plain), deployment.plain_measured, judged)
     return {
         "prompt_length": prompt,
         "output_length": asked.output_length,
@@ -289,7 +291,7 @@ def _schedule_for(
         "bands": bands,
         "loads": entries,
         "gain": gains,
-        "advice": advice(schedule, static_length, gains, entries, deployment.plain_measured, bool(asked.limits)),
+        "advice": advice(schedule, static_length, gains, tiers, entries, bool(asked.limits)),
     }
 
 

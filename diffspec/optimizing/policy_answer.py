@@ -12,7 +12,7 @@ from diffspec.configuration import Configuration
 from diffspec.optimizing.batch_tables import BatchTables
 from diffspec.optimizing.breakeven import break_even
 from diffspec.optimizing.limits import Limit
-from diffspec.optimizing.robust_choice import Judged, Risk
+from diffspec.optimizing.robust_choice import Judged, Risk, over_loads
 from diffspec.optimizing.schedule import ranges_of
 from diffspec.optimizing.tiers import Band, bands_of, switching, thresholds
 from diffspec.optimizing.under_schedule import UnderSchedule
@@ -56,24 +56,24 @@ def off_above(schedule: np.ndarray) -> int | None:
     return int(np.max(np.flatnonzero(schedule > 0), initial=-1)) + 1
 
 
-def tier_entries(schedule, point, costs, static, plain_known: bool) -> list[dict[str, Any]]:
+def tier_entries(schedule, point, costs, static, plains, plain_known: bool) -> list[dict[str, Any]]:
     """Gains of each tier at its batches, equally weighted: exp(mean log cost of the other - mean log cost) over the
-    fitted parameters, and over draws."""
-    entries = []
+    fitted parameters, and over draws; ``plains``: log costs of a server without a drafter, of the fit and of draws."""
+    entries, off = [], not (schedule > 0).any()
     for first, last, length in ranges_of(schedule):
         place = np.arange(first - 1, last)
 
-        def gain(table, other, place=place, length=length):
-            within = np.minimum(table[..., other, place], 500.0) - table[..., length, place]
-            return np.exp(within.mean(axis=-1))
+        def gain(table, plain, other, place=place, length=length):
+            own = plain[..., place] if off else table[..., length, place]
+            against = plain[..., place] if other is None else np.minimum(table[..., other[place], place], 500.0)
+            return np.exp((against - own).mean(axis=-1))
 
         entry: dict[str, Any] = {"first_batch": first, "last_batch": last, "draft_length": length}
-        for name, other, known in (
-            ("speedup", np.zeros_like(place), plain_known),
-            ("speedup_over_static", static[place], True),
-        ):
-            entry[name] = float(gain(point, other)) if known else None
-            entry[f"{name}_interval"] = None if costs is None or not known else spread(gain(costs, other))
+        one = None if not static.any() else static  # one draft length of 0 is a server without a drafter
+        for name, other, known in (("speedup", None, plain_known), ("speedup_over_static", one, True)):
+            entry[name] = float(gain(point, plains[0], other)) if known else None
+            drawn = None if costs is None or not known else gain(costs, np.stack(plains[1:]), other)
+            entry[f"{name}_interval"] = None if drawn is None else spread(drawn)
         likely = None
         if costs is not None:
             likely = float((np.argmin(costs[..., place], axis=1) == length).mean())
@@ -176,34 +176,45 @@ def lengths_of(fields) -> dict[str, float]:
     return {name: fields[name] for name in ("prompt_length", "output_length")}
 
 
-def gain_entry(entries, under_draws, judged: Judged, places, plain_known: bool) -> dict[str, Any]:
-    """Geometric means of the speedups over the loads at which both sides are stable, and their intervals over draws."""
+def gain_entry(found: Sequence[UnderSchedule], places, plain_known: bool, judged: Judged) -> dict[str, Any]:
+    """Speedups in the geometric mean over the loads that both sides can bear: of the fit (the first of ``found``), and
+    their intervals over the others, which are draws."""
     chosen, static, plain = places
     told: dict[str, Any] = {"loads": int(judged.feasible[chosen].sum())}
     for name, other, known in (("speedup", plain, plain_known), ("speedup_over_static", static, True)):
-        values = [entry[name] for entry in entries if entry[name] is not None]
-        told[name] = float(np.exp(np.mean(np.log(values)))) if known and values else None
-        rows = []
-        for found in under_draws:
-            ratios = _ratio(found, other, chosen)
-            held = ratios[np.isfinite(ratios)]
-            rows.append(np.exp(np.mean(np.log(held))) if held.size else np.nan)
-        told[f"{name}_interval"] = spread(rows) if known and rows else None
+        ratios = []
+        for each in found:
+            stable = ~(each.saturated[chosen] | each.saturated[other])
+            latency = each.metrics["e2e_mean"][:, stable]
+            ratios.append(float(over_loads(latency[other] / latency[chosen])) if stable.any() else np.nan)
+        told[name] = None if not known or np.isnan(ratios[0]) else ratios[0]
+        told[f"{name}_interval"] = spread(ratios[1:]) if known and len(ratios) > 1 else None
     return told
 
 
-def advice(schedule, static: int, gains, entries, plain_known: bool, limited: bool) -> list[str]:
-    """What to do, in words."""
-    tiers, off = ranges_of(schedule), off_above(schedule)
-    lines = []
+def advice(schedule, static: int, gains, tiers, entries, limited: bool) -> list[str]:
+    """What to do, in words. ``tiers`` and ``entries`` (of loads) as in the answer."""
+    off = off_above(schedule)
     if not (schedule > 0).any():
         return ["leave speculation off: no draft length pays at any batch" + (" within the limits" if limited else "")]
+    lines = []
+    losing = [tier for tier in tiers if tier["speedup"] is not None and tier["speedup"] < 1.0]
     if off is not None:
         lines.append(f"leave speculation off above batch {off}")
-    elif plain_known and (schedule > 0).all():
+    elif tiers[0]["speedup"] is not None and not losing:
         lines.append(f"speculation pays at every batch up to {schedule.size}, the largest looked at")
+    for tier in losing:
+        lines.append(
+            f"at batches {tier['first_batch']} to {tier['last_batch']} a server without a drafter is "
+            f"{100 * (1 / tier['speedup'] - 1):.1f} % faster: a loaded drafter reads every prompt, drafting or not"
+        )
+    slower = [entry["load"] for entry in entries if entry["speedup"] is not None and entry["speedup"] < 1.0]
+    if slower:
+        lines.append(
+            f"at {len(slower)} of {len(entries)} loads, from {min(slower):.4g} on, no drafter at all is faster"
+        )
     if len(tiers) == 1:
-        lines.append(f"one draft length, {tiers[0][2]}, at every batch: no schedule is needed")
+        lines.append(f"one draft length, {tiers[0]['draft_length']}, at every batch: no schedule is needed")
     elif gains["speedup_over_static"] is not None and gains["speedup_over_static"] < AS_GOOD:
         lines.append(
             f"at these loads one draft length, {static}, is as good (the schedule gains "

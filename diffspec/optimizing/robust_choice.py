@@ -8,7 +8,8 @@ break a limit at that batch put last. Each candidate is then judged whole, at ev
     score = (loads at which the limits hold; then the mean over loads of log R(latency over draws))
 
 with R the expectation (a saturated draw counts with its latency at 0.999 of capacity, a lower bound), a quantile (a
-saturated draw is worse than any other), or the value of the fit itself.
+saturated draw is worse than any other), or the value of the fit itself. Logarithms, so that no load counts for more
+because its latency is large: a share of a low latency is worth as much as the same share of a high one.
 """
 
 from collections.abc import Sequence
@@ -66,16 +67,22 @@ def parse_risk(risk: str | float | int) -> Risk:
 
 
 def log_costs(tables: BatchTables, objective: str) -> np.ndarray:
-    """[draft lengths, batches]: log of the objective at each whole batch; throughput is n/residence, so its cost is
-    that of the residence."""
-    residence, ttft = tables.residence[:, :-1], tables.ttft[:, :-1]
+    """[draft lengths, batches]: log of the objective at each whole batch, at draft length 0 with the drafter loaded;
+    throughput is n/residence, so its cost is that of the residence."""
+    residence, ttft = tables.residence[:, :-1].copy(), tables.ttft[:, :-1].copy()
+    residence[0], ttft[0] = tables.idle_residence[:-1], tables.idle_ttft[:-1]
+    return np.where(tables.allowed[:, :-1], _logs(residence, ttft, tables.steps[:, None], objective), UNLIKELY)
+
+
+def plain_log_costs(tables: BatchTables, objective: str) -> np.ndarray:
+    """[batches]: the same of a server without a drafter."""
+    return _logs(tables.residence[0, :-1], tables.ttft[0, :-1], tables.steps[0], objective)
+
+
+def _logs(residence, ttft, steps, objective: str) -> np.ndarray:
     decode = np.maximum(residence - ttft, 1e-30)
-    value = {
-        "ttft_mean": ttft,
-        "tpot_mean": decode,
-        "itl_mean": decode / np.maximum(tables.steps[:, None], 1e-9),
-    }.get(objective, residence)
-    return np.where(tables.allowed[:, :-1], np.log(value), UNLIKELY)
+    value = {"ttft_mean": ttft, "tpot_mean": decode, "itl_mean": decode / np.maximum(steps, 1e-9)}
+    return np.log(value.get(objective, residence))
 
 
 def limit_excess(tables: BatchTables, limits: Sequence[Limit], output_length: float) -> np.ndarray:
@@ -116,14 +123,19 @@ def candidates(
     min_width: int,
 ) -> list[np.ndarray]:
     """Draft lengths of batches 1, 2, ... by each of the cost ``tables`` [draft lengths, batches], of the draft lengths
-    ``lengths`` alone; with ``capped`` also of those up to each of them. Tiers are merged, and each is then given the
-    draft length with the least cost over its batches by ``weight`` [batches]; every schedule once."""
+    ``lengths`` alone; with ``capped`` also of those up to each of them. Tiers are merged; and, as another candidate,
+    each is then given the draft length with the least cost over its batches by ``weight`` [batches]. Every schedule
+    once, no speculation among them."""
     found: dict[bytes, np.ndarray] = {}
+    if lengths[0] == 0:  # a server without a drafter
+        off = np.zeros(tables[0].shape[1], dtype=int)
+        found[off.tobytes()] = off
     for cost in tables:
         for count in range(1 if capped else len(lengths), len(lengths) + 1):
             among = np.asarray(lengths[:count])
             best = among[np.argmin(cost[among], axis=0)]
             merged = merged_tiers(best, cost, min_gain=min_gain, min_width=min_width)
+            found.setdefault(merged.tobytes(), merged.copy())
             for first, last, _ in ranges_of(merged):
                 within = np.minimum(cost[among, first - 1 : last], UNLIKELY) @ weight[first - 1 : last]
                 merged[first - 1 : last] = among[np.argmin(within)]
@@ -140,6 +152,16 @@ class Judged(NamedTuple):
     limited: dict[str, np.ndarray]
     feasible: np.ndarray
     score: np.ndarray
+
+
+def over_loads(values: np.ndarray) -> np.ndarray:
+    """Geometric mean of ``values`` over the loads, their last axis; infinite ones count as a stand-in.
+
+    >>> float(over_loads(np.array([1.0, 4.0])))
+    2.0
+    """
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.exp(np.clip(np.log(values), -500.0, 500.0).mean(axis=-1)))
 
 
 def judge(found: Sequence[UnderSchedule], limits: Sequence[Limit], objective: str, risk: Risk) -> Judged:
@@ -161,12 +183,10 @@ def judge(found: Sequence[UnderSchedule], limits: Sequence[Limit], objective: st
     for limit in limits:
         with np.errstate(divide="ignore"):
             feasible &= np.asarray(limit.excess(limited[limit.metric])) <= 0
-    with np.errstate(divide="ignore", invalid="ignore"):
-        cost = np.minimum(sign * np.log(over(objective)), UNLIKELY)
-    score = np.stack([-feasible.sum(axis=1).astype(float), cost.mean(axis=1)], axis=1)
+    score = np.stack([-feasible.sum(axis=1).astype(float), sign * over_loads(over(objective))], axis=1)
     return Judged(over(objective), limited, feasible, score)
 
 
 def best(judged: Judged, among: Sequence[int]) -> int:
     """The schedule with the least score of those ``among`` [places]; the first of equals."""
-    return min(among, key=lambda place: (judged.score[place, 0], round(float(judged.score[place, 1]), 12)))
+    return min(among, key=lambda place: (judged.score[place, 0], float(judged.score[place, 1])))

@@ -90,7 +90,10 @@ def under_schedules(
     closed loop]; Poisson arrivals in open loops."""
     kept = tables.kept
     chosen = full_choice(tables, draft_lengths)[:, kept]
-    sizes, residence, ttft = tables.sizes[kept], tables.residence[chosen, kept], tables.ttft[chosen, kept]
+    sizes = tables.sizes[kept]
+    idle = (chosen == 0) & (draft_lengths.max(axis=1) > 0)[:, None]  # without drafts, with the drafter loaded
+    residence = np.where(idle, tables.idle_residence[kept], tables.residence[chosen, kept])
+    ttft = np.where(idle, tables.idle_ttft[kept], tables.ttft[chosen, kept])
     steps = tables.steps[chosen]
     largest = sizes[-1] / residence[:, -1]
     if loop == "concurrency":

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-STATE = ("sequences", "query_tokens", "kv_tokens", "prefill_tokens", "draft_passes", "draft_tokens")
-"""Columns of `Lanes.state`: the fields of :class:`diffspec.step_time.BatchState`."""
+STATE = ("sequences", "query_tokens", "kv_tokens", "prefill_tokens", "draft_passes", "draft_tokens", "idle_drafter")
+"""Columns of `Lanes.state`: the fields of :class:`diffspec.step_time.BatchState`, and whether a drafter that drafts
+nothing now reads the prompts all the same."""
 
 GAP_BINS, BINS_PER_DECADE, SHORTEST_GAP = 640, 40.0, 1e-6
 """Histogram of the gaps between stream events: bins 6 % wide from 1e-6 s on."""
@@ -22,8 +23,9 @@ GAP_BINS, BINS_PER_DECADE, SHORTEST_GAP = 640, 40.0, 1e-6
 # Places in Lanes.whole, one row a lane: sizes and settings, counters, and sums over the window of measurement.
 N, CONCURRENCY, CAP, KV_CAPACITY, TOKEN_BUDGET, CHUNKED, TIERS, FIRST_MEASURED, END_MEASURED = range(9)
 FRESH, ARRIVED, RUNNING, PREEMPTED, COMPLETED, COMPLETED_BEFORE, MEASURED_LEFT, KV_USED, TIER = range(9, 18)
-STEPS, PREFILLED, EMITTED, SEQUENCE_STEPS, GAPS, SWITCHES = range(18, 24)
-WHOLE = 24
+LOADED = 18
+STEPS, PREFILLED, EMITTED, SEQUENCE_STEPS, GAPS, SWITCHES = range(19, 25)
+WHOLE = 25
 # Rows of Lanes.tiers: draft length of each tier, and the batches below and above which it is left.
 LENGTH, LEFT_BELOW, LEFT_ABOVE = range(3)
 # Places in Lanes.real.
@@ -46,7 +48,7 @@ class Lanes(NamedTuple):
     whole: np.ndarray  # (lanes, WHOLE)
     real: np.ndarray  # (lanes, REAL)
     random: np.ndarray  # (lanes,) state of each lane's generator
-    state: np.ndarray  # (lanes, 6): the batch of the iteration under way
+    state: np.ndarray  # (lanes, 7): the batch of the iteration under way
     tiers: np.ndarray  # (lanes, 3, tiers): the draft length and where it changes
     survival: np.ndarray  # (lanes, tiers, longest draft): P(more than j drafted tokens accepted)
     tokens: np.ndarray  # (lanes, requests, TOKENS)
@@ -311,3 +313,5 @@ def _plan(length, whole, real, random, state, tokens, times, running, stack):
         state[3] += need
     if length > 0 and (state[5] > 0.0 or state[3] > 0.0):
         state[4] = length
+    elif whole[LOADED] > 0 and state[3] > 0.0:
+        state[6] = 1.0

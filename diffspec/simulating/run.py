@@ -199,7 +199,7 @@ def run_lanes(
     durations = np.zeros(len(lanes))
     total = int(data.whole[:, engine.MEASURED_LEFT].sum())
     last = time.monotonic()
-    evaluate = _evaluator(step_time)
+    evaluate = _evaluator(step_time, bool(data.whole[:, engine.LOADED].any()))
     while engine.advance(data, durations):
         durations = evaluate(data.state)
         if not (durations > 0).all():
@@ -210,17 +210,17 @@ def run_lanes(
     return [_result(lane, number, data) for number, lane in enumerate(lanes)]
 
 
-def _evaluator(step_time: AbstractStepTime) -> Callable[[np.ndarray], np.ndarray]:
+def _evaluator(step_time: AbstractStepTime, idle: bool) -> Callable[[np.ndarray], np.ndarray]:
     """Durations [s] of a batch state for each lane. One array holds all parameters: a call then costs 15 us, not 80."""
     leaves, structure = jax.tree.flatten(step_time)
     leaves = [np.asarray(leaf, dtype=float) for leaf in leaves]
-    durations = _compiled(structure, tuple(leaf.shape for leaf in leaves))
+    durations = _compiled(structure, tuple(leaf.shape for leaf in leaves), idle)
     values = jnp.asarray(np.concatenate([leaf.ravel() for leaf in leaves]))
     return lambda state: np.asarray(durations(values, state))
 
 
 @lru_cache
-def _compiled(structure, shapes) -> Callable:
+def _compiled(structure, shapes, idle: bool) -> Callable:
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
 
     @jax.jit
@@ -229,8 +229,12 @@ def _compiled(structure, shapes) -> Callable:
         step_time = jax.tree.unflatten(structure, [part.reshape(shape) for part, shape in parts])
 
         def one(row):
-            parts = step_time(BatchState(*row))
-            return jnp.where(row[0] > 0, parts.total, parts.prefill)
+            parts = step_time(BatchState(*row[:6]))
+            duration = jnp.where(row[0] > 0, parts.total, parts.prefill)
+            if not idle:
+                return duration
+            alone, read = (step_time(BatchState(prefill_tokens=row[3], draft_passes=x)).prefill for x in (0.0, 1.0))
+            return duration + row[6] * (read - alone)
 
         return jax.vmap(one)(state)
 
@@ -292,6 +296,7 @@ def _allocate(lanes: Sequence[Lane]) -> engine.Lanes:
             (engine.TOKEN_BUDGET, UNLIMITED if settings.max_batched_tokens is None else settings.max_batched_tokens),
             (engine.CHUNKED, settings.chunked_prefill),
             (engine.TIERS, own.shape[1]),
+            (engine.LOADED, settings.schedule is not None and settings.longest > 0),
         ):
             whole[number, place] = value
         real[number, engine.DRAFT_PROBABILITY] = settings.draft_probability

@@ -11,7 +11,8 @@ from diffspec.results import InputError
 
 @dataclass(frozen=True)
 class DraftSchedule:
-    """One draft length for all sequences of an iteration, by how many of them decode in it.
+    """One draft length for all sequences of an iteration, by how many of them decode in it. With any drafts at all the
+    drafter stays loaded: at draft length 0 it reads the prompts too.
 
     * ``ranges``: [[first_batch, last_batch, draft_length], ...] [req, req, tok], from batch 1, without gaps; the last
       holds above its end, too
