@@ -84,7 +84,7 @@ def draw_arrivals(
     Lambda(t) = int_0^t rate, arrivals at Lambda^-1(1st gap), Lambda^-1(1st + 2nd gap), ... until the last time.
 
     >>> ramp = draw_arrivals([(0.0, 1.0), (100.0, 9.0)], np.random.default_rng(0))
-    >>> 450 < len(ramp) < 550 and (ramp < 50.0).mean() < 0.35  # 500 on average, 150 of them in the first half
+    >>> 450 < len(ramp) < 550 and float((ramp < 50.0).mean()) < 0.35  # 500 on average, 150 of them in the first half
     True
     """
     time, rate = (np.asarray(column, dtype=float) for column in zip(*rates, strict=True))
