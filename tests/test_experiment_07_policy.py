@@ -1,4 +1,4 @@
-"""Experiment 07, regret of the policy: its table is that of its results, and its rivals are what they are said to be."""
+"""Experiment 07, regret of the policy: its table is that of its results, and its rivals are what they are called."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ def test_the_interval_is_students(regret):
 
 
 def test_sglang_comes_to_rest_where_its_rule_says(regret):
-    """At 0.8 a draft of 3 has 1.95 accepted: no reason to leave 3 of [1, 3, 5, 7] or of [0, 1, 3]; none at 64 and more."""
+    """At 0.8 a draft of 3 has 1.95 accepted: no reason to leave 3 of [1, 3, 5, 7] or of [0, 1, 3]."""
     case = SimpleNamespace(batches=80, acceptance=ConstantAcceptance(0.8))
     found = regret.sglang_lengths(case)
     assert found[[0, 6, 7, 30, 31, 62, 63, 79]].tolist() == [3, 3, 3, 3, 1, 1, 0, 0]

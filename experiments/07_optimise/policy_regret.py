@@ -115,12 +115,12 @@ def lengths_of(schedule, batches: int) -> np.ndarray:
 
 def sglang_lengths(case: Case) -> np.ndarray:
     """Where SGLang's rule comes to rest in each slot: played 50 times with the accepted drafts of this acceptance."""
+    accepted = [float(case.acceptance.moments(float(steps))[0]) - 1.0 for steps in range(LONGEST + 1)]
     found = []
     for batch in range(1, case.batches + 1):
         steps = 1
         for _ in range(50):
-            accepted = float(case.acceptance.moments(float(steps))[0]) - 1.0 if steps else 0.0
-            steps = sglang_steps(SGLANG, batch, accepted, steps)
+            steps = sglang_steps(SGLANG, batch, accepted[steps], steps)
         found.append(steps)
     return np.asarray(found)
 
