@@ -25,6 +25,7 @@ from diffspec.optimizing.batch_tables import batch_tables
 from diffspec.optimizing.breakeven import break_even
 from diffspec.optimizing.limits import parse_limit
 from diffspec.optimizing.load_policy import policy, policy_unmeasured
+from diffspec.optimizing.policy_answer import advice
 from diffspec.optimizing.robust_choice import Risk, best, judge, parse_risk, risk_costs
 from diffspec.optimizing.schedule import ranges_of
 from diffspec.optimizing.tiers import Band, bands_of, crossing, merged_tiers, rate_at_batch, switches
@@ -376,6 +377,10 @@ def test_zero_can_be_forbidden_and_tiers_be_wide(unsure, few):
     off = policy(unsure, **asked)["contexts"][0]
     assert off["off_above"] is not None and off["schedule"][-1][2] == 0
     assert "leave speculation off" in off["advice"][0]
+    never = policy(unsure, **ASKED | {"acceptance": ConstantAcceptance(0.01), "draws": few})["contexts"][0]
+    assert never["advice"] == ["leave speculation off: no draft length pays at any batch"] and never["off_above"] == 0
+    (busy,) = advice(np.zeros(4, dtype=int), 0, {}, [], [], np.log([0.8, 0.9, 1.1, 1.2]), True)
+    assert "within the limits" in busy and "drafts pay at 2 of 4 batches, up to 2, by 25.0 % at most" in busy
     on = policy(unsure, **asked, forbid_zero=True)["contexts"][0]
     assert all(k >= 1 for *_, k in on["schedule"]) and on["off_above"] is None
     assert on["gain"]["speedup"] < 1.0, "and what that costs is told"

@@ -273,6 +273,7 @@ def _schedule_for(
     plains = [plain_log_costs(tables, asked.objective) for tables in (centre, *drawn)]
     tiers = tier_entries(schedule, point, costs if drawn else None, both[static], plains, deployment.plain_measured)
     add_break_even(tiers, [deployment.serving, *models], workload, config)
+    drafting = point[1:].min(axis=0) - plains[0]
     bands = band_entries(schedule, cost, centre, costs if drawn else None, asked)
     entries = load_entries(
         deployment, asked, fields, loads, schedule, at_centre, under_draws, judged, (chosen, static, plain)
@@ -291,7 +292,7 @@ def _schedule_for(
         "bands": bands,
         "loads": entries,
         "gain": gains,
-        "advice": advice(schedule, static_length, gains, tiers, entries, bool(asked.limits)),
+        "advice": advice(schedule, static_length, gains, tiers, entries, drafting, bool(asked.limits)),
     }
 
 

@@ -192,11 +192,21 @@ def gain_entry(found: Sequence[UnderSchedule], places, plain_known: bool, judged
     return told
 
 
-def advice(schedule, static: int, gains, tiers, entries, limited: bool) -> list[str]:
-    """What to do, in words. ``tiers`` and ``entries`` (of loads) as in the answer."""
+def advice(schedule, static: int, gains, tiers, entries, drafting: np.ndarray, limited: bool) -> list[str]:
+    """What to do, in words. ``tiers`` and ``entries`` (of loads) as in the answer; ``drafting`` [batches]: log cost of
+    the best draft length above 0, relative to a server without a drafter."""
     off = off_above(schedule)
     if not (schedule > 0).any():
-        return ["leave speculation off: no draft length pays at any batch" + (" within the limits" if limited else "")]
+        pays = np.flatnonzero(drafting < 0)
+        if not pays.size:
+            return ["leave speculation off: no draft length pays at any batch"]
+        gain = 100 * (np.exp(-drafting.min()) - 1)
+        within = " within the limits" if limited else ""
+        return [
+            f"leave speculation off: over these loads a server without a drafter is better{within}; drafts pay at "
+            f"{pays.size} of {drafting.size} batches, up to {pays[-1] + 1}, by {gain:.1f} % at most: ask again without "
+            "the highest loads"
+        ]
     lines = []
     losing = [tier for tier in tiers if tier["speedup"] is not None and tier["speedup"] < 1.0]
     if off is not None:
