@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from diffspec.fitting.update import update
     from diffspec.hardware import Accelerator, accelerator
     from diffspec.lengths import Lengths
+    from diffspec.optimizing.expert_balance import place_experts
+    from diffspec.optimizing.joint import optimize_jointly
+    from diffspec.optimizing.load_policy import policy
     from diffspec.optimizing.optimize import optimize
     from diffspec.optimizing.pareto import non_dominated
     from diffspec.optimizing.size import size
@@ -57,7 +60,7 @@ if TYPE_CHECKING:
     from diffspec.resources import MemoryPlan, energy_per_token, memory_plan
     from diffspec.results import RESULTS, DiffspecError, InputError, NoResultError, TraceError
     from diffspec.serving import ServingModel
-    from diffspec.simulating import Engine, simulate
+    from diffspec.simulating import DraftSchedule, Engine, simulate
     from diffspec.staircase import StaircaseStepTime
     from diffspec.steady_state import SteadyState, solve_closed_loop, solve_open_loop
     from diffspec.step_time import AbstractStepTime, AffineStepTime, ExpertCost, RooflineStepTime
@@ -81,6 +84,7 @@ __all__ = [
     "DiffspecError",
     "DraftCost",
     "DraftModel",
+    "DraftSchedule",
     "Efficiency",
     "Engine",
     "ExpertCost",
@@ -134,6 +138,9 @@ __all__ = [
     "moved",
     "non_dominated",
     "optimize",
+    "optimize_jointly",
+    "place_experts",
+    "policy",
     "predict_answer",
     "predict_before_traces",
     "predict_distribution",
@@ -219,6 +226,9 @@ _HOMES = {
         "accelerator",
     ),
     "lengths": ("Lengths",),
+    "optimizing.expert_balance": ("place_experts",),
+    "optimizing.joint": ("optimize_jointly",),
+    "optimizing.load_policy": ("policy",),
     "optimizing.optimize": ("optimize",),
     "optimizing.pareto": ("non_dominated",),
     "optimizing.size": ("size",),
@@ -238,7 +248,10 @@ _HOMES = {
     "configuration": ("Configuration",),
     "prediction": ("Prediction",),
     "serving": ("ServingModel",),
-    "simulating": ("Engine",),
+    "simulating": (
+        "DraftSchedule",
+        "Engine",
+    ),
     "simulating.simulation": ("simulate",),
     "staircase": ("StaircaseStepTime",),
     "steady_state": (

@@ -110,31 +110,26 @@ class ServingModel(eqx.Module):
             state = solve_closed_loop(residence, workload.concurrency, max_batch_size=cap)  # type: ignore[arg-type]
             in_flight = jnp.asarray(workload.concurrency, dtype=float)
             waiting = jnp.maximum(in_flight - state.effective_batch_size, 0.0) / state.throughput
-            sync = self.closed_loop_sync / (1.0 + request.spread / self.sync_spread)
+            sync = self._sync(request)
             times = self._times(request, state.batch_seen)
         alone = request.step_parts(jnp.full_like(times[0], self.self_share))
         met = self._foreign_prefill_in_ttft(request, times, sync)
         return self._assemble(workload, request, state, times, met, waiting, alone)
 
     def predict_classes(self, workloads: Sequence[Workload], configs: Sequence[Configuration]) -> Prediction:
-        """Steady state of several classes of requests that share the server, in open loops: a prediction whose numbers
-        have an axis of classes (:mod:`diffspec.request_mix`).
-
-        Each class has its own arrival rate, lengths, draft length and acceptance; caps are those of the first
-        configuration, and arrivals are taken for Poisson. B sums over classes: B_c = arrival_rate_c*residence_c.
-        ``capacity`` of a class: its arrival rate when all rates grow alike until the server saturates.
+        """Steady state of several classes that share the server in open loops, with an axis of classes
+        (:mod:`diffspec.request_mix`): B_c = arrival_rate_c*residence_c, caps are the first configuration's, arrivals
+        are taken for Poisson. ``capacity``: of the class, when all rates grow alike until the server saturates.
 
         >>> from diffspec.step_time import AffineStepTime
         >>> model = ServingModel(AffineStepTime(verify_base=0.02, verify_sequence=1e-3, prefill_token=1e-4))
-        >>> chat = Workload(prompt_length=100, output_length=51, arrival_rate=1.0)
-        >>> summary = Workload(prompt_length=2000, output_length=21, arrival_rate=0.5)
-        >>> found = model.predict_classes([chat, summary], [Configuration(), Configuration()])
+        >>> both = [Workload(100, 51, arrival_rate=1.0), Workload(2000, 21, arrival_rate=0.5)]  # chat, summaries
+        >>> found = model.predict_classes(both, [Configuration(), Configuration()])
         >>> [round(float(value), 3) for value in found.e2e_latency]
         [1.314, 0.749]
         """
         request = request_mix(self.step_time, workloads, configs, self.steps_form)
-        share = request.share
-        assert share is not None
+        share: Any = request.share
         rates = jnp.asarray([workload.arrival_rate for workload in workloads], dtype=float)
         together = mean_workload(workloads, share * request.steps / jnp.sum(share * request.steps))
         places = batch_cap(together, configs[0])
@@ -194,6 +189,15 @@ class ServingModel(eqx.Module):
         equilibrium :meth:`predict` solves."""
         return self._times(self.request_cost(workload, config), jnp.asarray(batch_seen, dtype=float))[0]
 
+    def times_in_service(self, workload: Workload, request: RequestCost, batch_seen: Scalar):
+        """Time in service of a ``request`` (:meth:`request_cost`) that sees ``batch_seen`` requests, itself included,
+        and its part until the first token, waiting left out [s]."""
+        times = self._times(request, jnp.asarray(batch_seen, dtype=float))
+        sync = 0.0 if workload.is_open else self._sync(request)
+        in_ttft = self._foreign_prefill_in_ttft(request, times, sync)
+        first = self.request_overhead + request.prefill + in_ttft + times[3] * times[1].total
+        return times[0], jnp.where(jnp.asarray(workload.output_length, dtype=float) <= 1.0, times[0], first)
+
     def step_parts(self, workload: Workload, config: Configuration, sequences: Scalar) -> StepParts:
         """Parts of the engine step [s] over ``sequences`` decoding requests of this workload."""
         return self.request_cost(workload, config).step_parts(sequences)
@@ -210,6 +214,10 @@ class ServingModel(eqx.Module):
         own = self.request_overhead + request.prefill + (request.steps + shared_steps) * parts.total
         foreign = request.foreign_prefill(own, self.prefill_interference * others)
         return own + foreign, parts, foreign, shared_steps
+
+    def _sync(self, request: RequestCost):
+        """How far the requests of a closed loop start together, see the class."""
+        return self.closed_loop_sync / (1.0 + request.spread / self.sync_spread)
 
     def _shared_steps(self, request: RequestCost, n, others):
         """Others' steps [step] until the first token, and the sequences that decode of n in service."""

@@ -35,3 +35,32 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared, which is absent")
     return folder
+
+
+LONGEST = (
+    *(
+        "test_uncertainty",
+        "test_design",
+        "test_update",
+        "test_pooling",
+        "test_experiment_03",
+        "test_readme",
+        "test_fit",
+    ),
+    *("test_load_policy", "test_size", "test_expert_placement", "test_joint", "test_transfer", "test_collecting"),
+    *(
+        "test_serving",
+        "test_waiting",
+        "test_simulating",
+        "test_decisions",
+        "test_cli_commands",
+        "test_first_principles",
+    ),
+)
+"""Files of tests that take longest: they start first, so that both workers end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, each in one piece (`--dist loadfile` hands out files in this order)."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))

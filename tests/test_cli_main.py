@@ -22,7 +22,7 @@ from diffspec.results import InputError, NoResultError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRACE = REPOSITORY / "data" / "vllm_cpu_quiet.csv"
-COMMANDS = ("check", "demo", "design", "evaluate", "fit", "optimize", "predict", "sensitivity", "size")
+COMMANDS = ("check", "demo", "design", "evaluate", "fit", "optimize", "policy", "predict", "sensitivity", "size")
 
 
 class Ran(NamedTuple):
@@ -100,7 +100,7 @@ def test_each_command_explains_itself_with_an_example(command):
 def test_the_workload_options_are_the_same_everywhere():
     names = ("arrival-rate", "concurrency", "prompt-length", "output-length", "acceptance-rate", "tokens-per-step")
     names += ("position-acceptance", "max-batch-size", "deployment", "drafter-params")
-    for command in ("predict", "optimize", "sensitivity"):
+    for command in ("predict", "optimize", "policy", "sensitivity"):
         told = run(command, "--help").out
         assert [name for name in names if f"--{name}" not in told] == []
 

@@ -13,7 +13,18 @@ from diffspec.architecture import Transformer
 from diffspec.first_principles import FirstPrinciples
 from diffspec.hardware import accelerator
 from diffspec.results import InputError
-from diffspec.simulating import Engine, Lane, Requests, draw_requests, replay, run_lanes, simulate
+from diffspec.simulating import (
+    DraftSchedule,
+    Engine,
+    Lane,
+    Requests,
+    draw_arrivals,
+    draw_requests,
+    from_arrivals,
+    replay,
+    run_lanes,
+    simulate,
+)
 from diffspec.step_time import AffineStepTime, DraftCost, RooflineStepTime
 from diffspec.trees import Tree, TreeAcceptance
 from diffspec.workload import Workload
@@ -257,3 +268,121 @@ def test_a_trace_can_be_replayed():
     found = replay(SERVER, [Requests(np.full(100, 80), np.full(100, 20), times)], Engine(max_batch_size=16))
     assert found.lanes[0].e2e[:50] == pytest.approx(found.lanes[0].e2e[50:], rel=1e-9)
     assert found.mean("waiting").value > 0
+
+
+# --- a draft length that follows the batch, and loads that change -----------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [0, 3])
+def test_a_schedule_of_one_draft_length_is_that_draft_length(length):
+    """The same requests and random numbers: every event at the same time."""
+    rates = (0.9, 0.7, 0.4)[:length]
+    plain = one_lane(Engine(length, rates, max_batch_size=16))
+    told = one_lane(Engine(0, rates, max_batch_size=16, schedule=DraftSchedule([[1, 5, length], [6, 16, length]])))
+    for name, values in plain.events.items():
+        assert np.array_equal(values, told.events[name]), name
+
+
+def test_the_draft_length_follows_the_decoding_sequences():
+    """Played by hand: at every iteration the drafted tokens are those of the range, and of the band's memory."""
+    from diffspec.simulating import engine as compiled
+    from diffspec.simulating import run
+
+    ranges, bands = [[1, 3, 3], [4, 8, 1], [9, 64, 0]], [(3, 5), (8, 10)]
+    requests = draw_requests(Workload(20.0, 40.0, arrival_rate=30.0), 150, np.random.default_rng(3))
+    for used in ((), bands):
+        schedule = DraftSchedule(ranges, used)
+        data = run._allocate([Lane(requests, Engine(0, (0.8,), max_batch_size=16, schedule=schedule))])
+        duration, tier, seen, switches = np.full(1, 0.02), 0, set(), 0
+        while compiled.advance(data, duration):
+            decoding = int(data.state[0, 0])
+            down, up = schedule.thresholds()
+            before = tier
+            while decoding > up[tier]:
+                tier += 1
+            while decoding < down[tier]:
+                tier -= 1
+            switches += tier != before
+            if decoding:
+                assert data.state[0, 5] == decoding * ranges[tier][2]
+                assert data.state[0, 1] == decoding * (1 + ranges[tier][2])
+                seen.add((decoding, tier))
+        assert {tier for _, tier in seen} == {0, 1, 2}
+        assert ({(4, 0), (3, 1)} <= seen) == bool(used), "only a band has a memory"
+        assert data.whole[0, compiled.SWITCHES] == switches
+
+
+def test_acceptance_may_depend_on_the_draft_length():
+    """A lone request is always in the first range, with its own rates; beside it all are in the second."""
+    own = {2: (0.9, 0.9), 4: (0.5,)}
+    schedule = DraftSchedule([[1, 1, 2], [2, 64, 4]], position_acceptance=own)
+    for concurrency, expected in ((1, 0.9 + 0.81), (8, 0.5 + 0.25 + 0.125 + 0.0625)):
+        found = simulate(
+            SERVER,
+            Workload(50.0, 400.0, concurrency=concurrency),
+            Engine(schedule=schedule),
+            n_requests=100 * concurrency,
+            replications=2,
+        )
+        lanes = [lane.events for lane in found.lanes]
+        accepted, steps = (sum(events[name].sum() for events in lanes) for name in ("accepted_tokens", "steps"))
+        assert accepted / steps == pytest.approx(expected, rel=0.02)
+
+
+def test_a_loaded_drafter_reads_every_prompt():
+    """At draft length 0 inside a schedule a prompt takes the drafter's time too; without a drafter it does not."""
+    drafter = DraftCost(pass_base=5e-4, prefill_token=1e-5)
+    server = eqx.tree_at(lambda s: s.draft, SERVER, drafter)
+    alone = Requests(np.array([1000]), np.array([1]), np.array([0.0]))
+    times = [
+        float(run_lanes(server, [Lane(alone, Engine(0, (0.5,), schedule=DraftSchedule(ranges)))])[0].ttft[0])
+        for ranges in ([[1, 64, 0]], [[1, 8, 0], [9, 64, 2]], [[1, 64, 2]])
+    ]
+    assert times == pytest.approx([0.02, 0.03, 0.03])
+
+
+def test_arrivals_follow_a_changing_rate():
+    """Counts in windows are Poisson with the integral of the rate: a ramp, a burst, and silence."""
+    rates = [(0.0, 0.0), (10.0, 20.0), (10.0, 80.0), (12.0, 80.0), (12.0, 0.0), (15.0, 0.0), (20.0, 10.0)]
+    runs = [draw_arrivals(rates, np.random.default_rng(seed)) for seed in range(200)]
+    edges = [0.0, 5.0, 10.0, 12.0, 15.0, 20.0]
+    counts = np.stack([np.histogram(run, edges)[0] for run in runs])
+    expected = np.array([25.0, 75.0, 160.0, 0.0, 25.0])
+    deviation = np.sqrt(np.maximum(expected, 1e-9) / len(runs))
+    assert np.all(np.abs(counts.mean(axis=0) - expected) <= 4.0 * deviation)
+    assert counts.var(axis=0)[:3] == pytest.approx(expected[:3], rel=0.35)
+    assert all(np.all(np.diff(run) >= 0) and run[-1] <= 20.0 for run in runs)
+    first = np.concatenate([run[run < 10.0] for run in runs])
+    assert np.median(first) == pytest.approx(10.0 / np.sqrt(2.0), rel=0.02)  # density 2t/100 on the ramp
+    even = draw_arrivals([(0.0, 5.0), (10.0, 5.0)], np.random.default_rng(0), scv=0.0)
+    assert even == pytest.approx(0.2 * np.arange(1, len(even) + 1)) and len(even) in (49, 50)
+
+
+def test_requests_from_recorded_arrivals():
+    made = from_arrivals(np.array([0.0, 0.5, 2.0]), np.array([10, 20, 30]), 5)
+    assert made.prompt_tokens.tolist() == [10, 20, 30] and made.output_tokens.tolist() == [5, 5, 5]
+    found = run_lanes(SERVER, [Lane(made, Engine())])[0]
+    assert found.events["arrival_time"].tolist() == [0.0, 0.5, 2.0] and found.drained
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DraftSchedule([]), "draft schedule"),
+        (lambda: DraftSchedule([[2, 4, 1]]), "draft schedule"),
+        (lambda: DraftSchedule([[1, 4, 1], [6, 9, 0]]), "without gaps"),
+        (lambda: DraftSchedule([[1, 4, -1]]), "draft schedule"),
+        (lambda: DraftSchedule([[1, 4, 1], [5, 9, 0]], [(3, 5), (1, 2)]), "bands: got 2"),
+        (lambda: DraftSchedule([[1, 4, 1], [5, 9, 0]], [(6, 4)]), "down 6"),
+        (lambda: DraftSchedule([[1, 4, 2]], position_acceptance={1: (0.5,)}), r"none for draft lengths \[2\]"),
+        (lambda: DraftSchedule([[1, 4, 1]], position_acceptance={1: (1.5,)}), "0 to 1"),
+        (lambda: Engine(schedule=DraftSchedule([[1, 4, 2]])), "no position_acceptance"),
+        (lambda: Engine(2, (0.5,), schedule=DraftSchedule([[1, 4, 2]])), "beside a schedule"),
+        (lambda: draw_arrivals([(0.0, 1.0)], np.random.default_rng(0)), "rates"),
+        (lambda: draw_arrivals([(0.0, 0.0), (1.0, 0.0)], np.random.default_rng(0)), "rates"),
+        (lambda: draw_arrivals([(0.0, 1.0), (-1.0, 1.0)], np.random.default_rng(0)), "rates"),
+    ],
+)
+def test_bad_schedules_and_rates_are_told(make, message):
+    with pytest.raises(InputError, match=message):
+        make()

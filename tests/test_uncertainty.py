@@ -26,7 +26,7 @@ from diffspec.fitting.noise import Noise, negative_log_likelihood, repeat_weight
 from diffspec.fitting.objective import build_objective, choose_targets
 from diffspec.fitting.observations import observations
 from diffspec.fitting.profile import profile, profiled_paths
-from diffspec.fitting.solve import SOLVERS, minimise
+from diffspec.fitting.solve import minimise
 from diffspec.fitting.uncertainty import posterior_covariance
 from diffspec.parameters import get_parameters, parameter_infos, set_parameters, to_constrained, to_unconstrained
 from diffspec.results import InputError
@@ -55,7 +55,7 @@ def solutions(objective):
     made, data = objective
     weights = np.ones((1, len(made.columns), len(data)))
     start = np.zeros((1, made.size))
-    return {solver: minimise(made, start, weights, solver=solver) for solver in SOLVERS}
+    return {"gauss-newton": minimise(made, start, weights)}
 
 
 def test_noise_is_the_t_distribution_of_scipy():
@@ -94,7 +94,7 @@ def test_linearisation_is_the_gradient_and_the_derivatives(objective):
     np.testing.assert_allclose(moved.residuals - found.residuals, 0.1 * made.used, atol=1e-12)
 
 
-def test_gauss_newton_ends_where_scipy_does_and_optax_comes_near(objective, solutions):
+def test_gauss_newton_ends_where_scipy_does(objective, solutions):
     made, _ = objective
     weights = jnp.ones(made.used.shape)
     judged = jax.jit(jax.value_and_grad(lambda x, w: made(x, w)))
@@ -107,9 +107,27 @@ def test_gauss_newton_ends_where_scipy_does_and_optax_comes_near(objective, solu
     )
     best = solutions["gauss-newton"]
     assert best.loss[0] <= found.fun + 1e-4 and best.gradient[0] < 0.05
-    assert solutions["lbfgs"].loss[0] <= found.fun + 0.1
-    assert solutions["adam"].loss[0] <= found.fun + 2.0
-    assert best.evaluations < solutions["lbfgs"].evaluations < solutions["adam"].evaluations
+
+
+def test_optax_solvers_go_downhill(objective, monkeypatch):
+    made, data = objective
+    monkeypatch.setattr("diffspec.fitting.solve.ADAM_STEPS", 60)
+    weights, start = np.ones((1, len(made.columns), len(data))), np.zeros((1, made.size))
+    first, *later = (minimise(made, start, weights, most, solver=solver) for most, solver in _SHORT)
+    assert all(found.loss[0] < first.loss[0] - 1.0 for found in later)
+
+
+_SHORT = ((0, "gauss-newton"), (25, "lbfgs"), (60, "adam"))
+
+
+@pytest.mark.slow
+def test_optax_comes_near_gauss_newton(objective, solutions):
+    made, data = objective
+    weights, start = np.ones((1, len(made.columns), len(data))), np.zeros((1, made.size))
+    lbfgs, adam = (minimise(made, start, weights, solver=solver) for solver in ("lbfgs", "adam"))
+    best = solutions["gauss-newton"]
+    assert lbfgs.loss[0] <= best.loss[0] + 0.1 and adam.loss[0] <= best.loss[0] + 2.0
+    assert best.evaluations < lbfgs.evaluations < adam.evaluations
 
 
 def test_information_is_the_curvature_that_the_noise_expects(objective, solutions):

@@ -14,6 +14,7 @@ from diffspec.cli import (
     fit,
     import_,
     optimize,
+    policy,
     predict,
     sensitivity,
     simulate,
@@ -25,8 +26,8 @@ app = typer.Typer(
     help="Why speculative decoding slows down under load, and what to do.\n\n"
     "Measurements (collect, import, acceptance) become a trace; a trace becomes a fitted latency model (fit), which is "
     "scored (evaluate), asked (predict, simulate, sensitivity) and used to choose the draft length for each load "
-    "(optimize), how many replicas serve a target rate (size) or what to measure next (design). Start with: "
-    "diffspec demo",
+    "(optimize), the schedule that an engine follows (policy), how many replicas serve a target rate (size) or what to "
+    "measure next (design). Start with: diffspec demo",
     epilog="Exit codes: 0 done; 1 no answer exists (saturated, infeasible); 2 wrong usage or input. Works on the CPU "
     "unless JAX_PLATFORMS is set. Compiled programs are kept in the user's cache folder, or in DIFFSPEC_CACHE_DIR "
     "(empty: nowhere).",
@@ -70,6 +71,7 @@ for module in (
     simulate,
     size,
     optimize,
+    policy,
     sensitivity,
     design,
 ):

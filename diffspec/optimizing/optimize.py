@@ -19,11 +19,12 @@ from diffspec.analysis.plain import FAST_COMPILE, enough_states, finite
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.uncertainty import DRAWS
+from diffspec.optimizing.batch_tables import schedule_length
 from diffspec.optimizing.choice import best_static, choice_intervals
 from diffspec.optimizing.flags import vllm_flags
 from diffspec.optimizing.limits import check_objective, costs, parse_limit
 from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
-from diffspec.optimizing.schedule import LONGEST_SCHEDULE, batch_schedule, latency_under_schedule
+from diffspec.optimizing.schedule import batch_schedule, latency_under_schedule
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.staircase import StaircaseStepTime
@@ -104,7 +105,7 @@ def optimize(
             "allowed: a latency, or a closed loop (concurrency)"
         )
     limits = tuple(parse_limit(text) for text in slo)
-    _check(loads, loop, max_draft_length)
+    check_loads(loads, loop, max_draft_length)
     check_range("prompt_length", float(prompt_length), 0, 1e8, low_open=True, unit="tok")
     check_range("output_length", float(output_length), 1, 1e8, low_open=False, unit="tok")
     check_range("output_scv", float(output_scv), 0, 100, low_open=False, unit="(squared coefficient of variation)")
@@ -174,7 +175,7 @@ def optimize(
         shares = {} if varied is None else varied["loads"][i]["probability_best"]
         entry["chosen_probability"] = shares.get(str(entry["draft_length"]))
     one = jax.tree.map(lambda leaf: leaf[0], workloads)
-    batches = _schedule_length(config, one)
+    batches = schedule_length(config, one)
     schedule = batch_schedule(serving, one, config, max_draft_length, batches)
     static = best_static(metrics, saturated, limits, objective)
     report("done", 1.0)
@@ -221,7 +222,8 @@ def on_captured_sizes(serving: ServingModel, capture_sizes: Sequence[int] | None
     return replace(serving, step_time=StaircaseStepTime(inner=serving.step_time, capture_sizes=tuple(capture_sizes)))
 
 
-def _check(loads: Sequence[float], loop: str, longest: int) -> None:
+def check_loads(loads: Sequence[float], loop: str, longest: int) -> None:
+    """Raise :class:`InputError` unless loads are positive and increase, and the draft length is in range."""
     if loop not in LOOPS:
         raise InputError(f"loop: got {loop!r}; allowed: {', '.join(LOOPS)}")
     if not loads or any(not (math.isfinite(load) and load > 0) for load in loads):
@@ -300,11 +302,6 @@ def _hull_of(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for entry in entries:
         outside += [told for told in entry["outside_measured"] if told not in outside]
     return {"inside_measured": not outside, "outside_measured": outside}
-
-
-def _schedule_length(config: Configuration, workload: Workload) -> int:
-    cap = batch_cap(workload, config)
-    return LONGEST_SCHEDULE if cap is None else max(1, int(min(float(cap), LONGEST_SCHEDULE)))
 
 
 def _queueing(table, loop: str, config: Configuration, workload: Workload) -> list[str]:

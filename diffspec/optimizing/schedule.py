@@ -7,23 +7,17 @@ draft length, since a schedule can be worse (or no better) than one number.
 """
 
 import itertools
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
-from diffspec.optimizing.relaxation import at_draft_length
-from diffspec.serving import MOST_STATES, ServingModel
+from diffspec.optimizing.batch_tables import batch_tables
+from diffspec.serving import ServingModel
 from diffspec.steady_state import SATURATION_MARGIN
-from diffspec.waiting import prompt_wait, queue_scv, requests_in_system, waiting_factor
+from diffspec.waiting import prompt_wait, requests_in_system, waiting_factor
 from diffspec.workload import Workload
-
-LONGEST_SCHEDULE = MOST_STATES
-"""Batches that a schedule covers when no cap is known."""
 
 
 class BatchSchedule(NamedTuple):
@@ -43,35 +37,6 @@ class BatchSchedule(NamedTuple):
     capped: bool
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST_COMPILE)
-def _tables(longest: int, batches: int, serving: ServingModel, workload: Workload, config: Configuration):
-    """The largest batch of each draft length 0..longest [req], the scv of its steps and its prefill [s]; and at batches
-    1, 2, ... and at the largest of all, no more than batches + 1: seconds per token, residence and prompt service."""
-    lengths = jnp.arange(longest + 1, dtype=float)
-
-    def largest(length):
-        most = serving.within_budget(workload, at_draft_length(config, length))[1]
-        return jnp.asarray(jnp.inf if most is None else most, dtype=float)
-
-    most = jax.vmap(largest)(lengths)
-    top = jnp.clip(jnp.max(most), 1.0, batches + 1.0)
-    sizes = jnp.append(jnp.arange(1, batches + 1, dtype=float), top)
-
-    def row(length):
-        chosen = at_draft_length(config, length)
-        request, _ = serving.within_budget(workload, chosen)
-
-        def cell(n):
-            return request.step_parts(n).total, serving.residence_time(workload, chosen, n), request.prompt_service(n)
-
-        step, residence, prompts = jax.vmap(cell)(sizes)
-        tokens = jnp.ones(()) if config.acceptance is None else config.acceptance.moments(length)[0]
-        pace = step / (1.0 + config.draft_probability * (tokens - 1.0))
-        return (request.spread / jnp.maximum(request.steps, 1e-9)) ** 2, request.prefill, pace, residence, prompts
-
-    return sizes, most, *jax.vmap(row)(lengths)
-
-
 def batch_schedule(
     serving: ServingModel, workload: Workload, config: Configuration, longest: int, batches: int
 ) -> BatchSchedule:
@@ -80,26 +45,27 @@ def batch_schedule(
     A draft length is taken at batches up to its largest one (:meth:`ServingModel.within_budget`); a batch that none can
     keep in service gets the one whose largest is largest.
     """
-    tables = _tables(longest, batches, serving, workload, config)
-    sizes, most, scv, prefill, pace, residence, prompts = (np.asarray(table) for table in tables)
-    allowed = sizes <= most[:, None] * (1.0 + 1e-9)
-    allowed[int(np.argmax(most))] |= ~allowed.any(axis=0)
-    best = np.argmin(np.where(allowed, pace, np.inf), axis=0)
-    edges = [0, *(np.flatnonzero(np.diff(best[:-1])) + 1).tolist(), batches]
-    ranges = [[first + 1, last, int(best[first])] for first, last in itertools.pairwise(edges)]
-    capped = float(np.max(most)) < batches + 1
-    kept = np.append(np.flatnonzero(sizes[:-1] < sizes[-1]), batches) if capped else np.arange(batches)
-    last = best[kept[-1]]
-    residence = residence[best[kept], kept]
-    prompt_share = sizes[kept[-1]] * prefill[last] * float(serving.prefill_interference) / residence[-1]
+    tables = batch_tables(serving, workload, config, longest, batches)
+    best = np.argmin(np.where(tables.allowed, tables.pace, np.inf), axis=0)
+    kept = tables.kept
     return BatchSchedule(
-        ranges,
-        sizes[kept],
-        residence,
-        None if config.max_batched_tokens is None else prompts[best[kept], kept],
-        float(queue_scv(scv[last], prompt_share)),
-        capped,
+        ranges_of(best[:-1]),
+        tables.sizes[kept],
+        tables.residence[best[kept], kept],
+        tables.prompt_service[best[kept], kept] if tables.budgeted else None,
+        float(tables.service_scv[best[kept[-1]]]),
+        tables.capped,
     )
+
+
+def ranges_of(draft_lengths: np.ndarray) -> list[list[int]]:
+    """Draft lengths of batches 1, 2, ... as [[first_batch, last_batch, draft_length], ...].
+
+    >>> ranges_of(np.array([3, 3, 1]))
+    [[1, 2, 3], [3, 3, 1]]
+    """
+    edges = [0, *(np.flatnonzero(np.diff(draft_lengths)) + 1).tolist(), len(draft_lengths)]
+    return [[first + 1, last, int(draft_lengths[first])] for first, last in itertools.pairwise(edges)]
 
 
 def latency_under_schedule(schedule: BatchSchedule, load: float, loop: str) -> float | None:

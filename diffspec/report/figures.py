@@ -42,7 +42,8 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(rows: int, columns: int, title: str, width: float = 4.6, height: float = 3.5) -> tuple[Figure, Any]:
+def new_figure(rows: int, columns: int, title: str, width: float = 4.6, height: float = 3.5) -> tuple[Figure, Any]:
+    """An empty figure of panels in the house style, and its axes [rows, columns]."""
     figure = Figure(figsize=(width * columns, height * rows + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=12)
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -79,7 +80,7 @@ def against_measured(parts: Sequence[ScoredPart], title: str) -> Figure:
         panels.append(lambda ax, name=name: _parity(ax, parts, name, look))
     across = len(panels) if len(panels) <= 2 else 4 if len(panels) > 6 else 3
     down = -(-len(panels) // across)
-    figure, axes = _figure(down, across, title)
+    figure, axes = new_figure(down, across, title)
     for ax, panel in zip(axes.flat, panels, strict=False):
         panel(ax)
     for ax in list(axes.flat)[len(panels) :]:
@@ -191,7 +192,7 @@ def latency_curves(
     largest measured load of each loop, beyond which curves are dashed."""
     ends = measured_to or {}
     metrics = (("e2e_latency", "e2e_mean"), ("ttft", "ttft_mean"))
-    figure, axes = _figure(len(metrics), len(curves), title, width=5.4)
+    figure, axes = new_figure(len(metrics), len(curves), title, width=5.4)
     for column, (loop, curve) in enumerate(curves.items()):
         look = style(curve.draft_lengths)
         for row, (field, observed) in enumerate(metrics):
@@ -228,7 +229,7 @@ def latency_curves(
 
 def stages_by_load(curve: Curves, draft_lengths: Sequence[int], title: str) -> Figure:
     """Stacked stages of the end-to-end latency against load, a panel per draft length."""
-    figure, axes = _figure(1, len(draft_lengths), title, width=5.2)
+    figure, axes = new_figure(1, len(draft_lengths), title, width=5.2)
     finite = [1000 * curve.of("e2e_latency", k) for k in draft_lengths]
     top = 1.05 * max(float(np.nanpercentile(values, 92)) for values in finite)
     order = [stage for stage in STAGE_COLORS if np.nansum(curve.stages[stage]) > 0]
@@ -253,7 +254,7 @@ def speedup_by_load(
 ) -> Figure:
     """Speedup over no speculation against load, with the break-even load of each draft length; ``points``: measured
     loads and speedups by draft length; beyond ``measured_to`` curves are dashed."""
-    figure, axes = _figure(1, 1, title, width=7.2, height=4.2)
+    figure, axes = new_figure(1, 1, title, width=7.2, height=4.2)
     ax = axes[0, 0]
     look = style(curve.draft_lengths)
     handles = []
@@ -286,7 +287,7 @@ def policy(answer: Mapping[str, Any], title: str = "draft length by load") -> Fi
     """Chosen draft length and speedup at each load of an optimisation."""
     entries = [entry for entry in answer["table"] if entry["draft_length"] is not None]
     load = [entry["load"] for entry in entries]
-    figure, axes = _figure(1, 2, title, width=5.0)
+    figure, axes = new_figure(1, 2, title, width=5.0)
     left, right = axes.flat
     left.step(load, [entry["draft_length"] for entry in entries], where="mid", color=COLORS[0], label="chosen")
     left.plot(load, [entry["draft_length"] for entry in entries], "o", color=COLORS[0])
@@ -305,7 +306,7 @@ def policy(answer: Mapping[str, Any], title: str = "draft length by load") -> Fi
 
 def acceptance(groups: Sequence[Mapping[str, Any]], title: str = "acceptance by draft position") -> Figure:
     """Conditional acceptance at each draft position with its 95 % interval, one line a group."""
-    figure, axes = _figure(1, 1, title, width=6.0, height=4.0)
+    figure, axes = new_figure(1, 1, title, width=6.0, height=4.0)
     ax = axes[0, 0]
     for index, group in enumerate(groups):
         places = np.array([entry["position"] for entry in group["positions"]]) + 0.06 * index
@@ -327,7 +328,7 @@ def acceptance(groups: Sequence[Mapping[str, Any]], title: str = "acceptance by 
 def elasticities(answer: Mapping[str, Any], most: int = 15) -> Figure:
     """Bars of the largest elasticities, parameters and workload fields in two colours."""
     rows = [row for row in answer["elasticities"] if row["elasticity"]][:most][::-1]
-    figure, axes = _figure(1, 1, f"what moves {answer['metric']}", width=7.2, height=0.6 + 0.3 * max(len(rows), 3))
+    figure, axes = new_figure(1, 1, f"what moves {answer['metric']}", width=7.2, height=0.6 + 0.3 * max(len(rows), 3))
     ax = axes[0, 0]
     colors = {"parameter": COLORS[0], "workload": COLORS[1]}
     ax.barh([row["name"] for row in rows], [row["elasticity"] for row in rows], color=[colors[r["kind"]] for r in rows])

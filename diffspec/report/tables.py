@@ -160,7 +160,7 @@ def prediction(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
     told = answer.get("intervals")
     if answer["outcome"] != "does_not_fit":
         yield from _with_intervals(answer, title, rows)
-    yield from _assumed(answer, title if told is None else "")
+    yield from assumed(answer, title if told is None else "")
     if answer.get("percentiles"):
         yield percentile_table(answer["percentiles"], told and told.get("percentiles"))
     if answer["outcome"] == "does_not_fit":
@@ -192,10 +192,10 @@ def _with_intervals(
                 f"intervals: of what a long benchmark would measure, by {told['draws']} draws of what the fit leaves "
                 "open and what it misses; acceptance is as given, in no interval"
             )
-    yield from _measured(answer)
+    yield from measured(answer)
 
 
-def _measured(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
+def measured(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Why there are no intervals, and what of the question was not measured."""
     if answer.get("intervals_reason"):
         yield Text(f"no intervals: {answer['intervals_reason']}")
@@ -244,7 +244,7 @@ def _half(entry: Mapping[str, Any]) -> str:
     return NONE if half is None or not value else percent(half / abs(value))
 
 
-def _assumed(answer: Mapping[str, Any], title: str = "") -> Iterator[RenderableType]:
+def assumed(answer: Mapping[str, Any], title: str = "") -> Iterator[RenderableType]:
     """The memory plan and what was assumed, where an answer has them."""
     if answer.get("memory"):
         yield _memory(answer["memory"], title or "memory of each device")
@@ -312,7 +312,7 @@ def policy(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
             )
         )
     if answer["outcome"] == "does_not_fit":
-        yield from _assumed(answer, f"{answer['deployment']}: does_not_fit")
+        yield from assumed(answer, f"{answer['deployment']}: does_not_fit")
         return
     columns = ("load", "draft length", *shown, "speedup", "headroom", "probability best")
     best = "largest" if answer["objective"] == "throughput" else "smallest"
@@ -331,8 +331,8 @@ def policy(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield Text(f"the relaxation, rounded, is within {percent(answer['optimality_gap'])} of exhaustive search")
     if answer.get("intervals"):
         yield _draft_lengths(answer["intervals"])
-    yield from _measured(answer)
-    yield from _assumed(answer)
+    yield from measured(answer)
+    yield from assumed(answer)
 
 
 def _draft_lengths(told: Mapping[str, Any]) -> Table:
@@ -386,8 +386,8 @@ def sensitivities(answer: Mapping[str, Any], most: int = 20) -> Iterator[Rendera
         columns = ("name", "kind", "now", "elasticity", *(() if told is None else (f"{told['level']:.0%} interval",)))
         yield table(title, columns, rows, left=2)
         yield Text("elasticity 0.7: 1 % more of it gives 0.7 % more of the metric")
-    yield from _measured(answer)
-    yield from _assumed(answer, "" if rows else title)
+    yield from measured(answer)
+    yield from assumed(answer, "" if rows else title)
 
 
 def _slope(value: float | None) -> str:

@@ -13,17 +13,21 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-STATE = ("sequences", "query_tokens", "kv_tokens", "prefill_tokens", "draft_passes", "draft_tokens")
-"""Columns of `Lanes.state`: the fields of :class:`diffspec.step_time.BatchState`."""
+STATE = ("sequences", "query_tokens", "kv_tokens", "prefill_tokens", "draft_passes", "draft_tokens", "idle_drafter")
+"""Columns of `Lanes.state`: the fields of :class:`diffspec.step_time.BatchState`, and whether a drafter that drafts
+nothing now reads the prompts all the same."""
 
 GAP_BINS, BINS_PER_DECADE, SHORTEST_GAP = 640, 40.0, 1e-6
 """Histogram of the gaps between stream events: bins 6 % wide from 1e-6 s on."""
 
 # Places in Lanes.whole, one row a lane: sizes and settings, counters, and sums over the window of measurement.
-N, CONCURRENCY, CAP, KV_CAPACITY, TOKEN_BUDGET, CHUNKED, DRAFT_LENGTH, FIRST_MEASURED, END_MEASURED = range(9)
-FRESH, ARRIVED, RUNNING, PREEMPTED, COMPLETED, COMPLETED_BEFORE, MEASURED_LEFT, KV_USED = range(9, 17)
-STEPS, PREFILLED, EMITTED, SEQUENCE_STEPS, GAPS = range(17, 22)
-WHOLE = 22
+N, CONCURRENCY, CAP, KV_CAPACITY, TOKEN_BUDGET, CHUNKED, TIERS, FIRST_MEASURED, END_MEASURED = range(9)
+FRESH, ARRIVED, RUNNING, PREEMPTED, COMPLETED, COMPLETED_BEFORE, MEASURED_LEFT, KV_USED, TIER = range(9, 18)
+LOADED = 18
+STEPS, PREFILLED, EMITTED, SEQUENCE_STEPS, GAPS, SWITCHES = range(19, 25)
+WHOLE = 25
+# Rows of Lanes.tiers: draft length of each tier, and the batches below and above which it is left.
+LENGTH, LEFT_BELOW, LEFT_ABOVE = range(3)
 # Places in Lanes.real.
 NOW, LAST_EVENT, WINDOW_START, DRAFT_PROBABILITY = range(4)
 BUSY, REQUEST_SECONDS, RUNNING_SECONDS, GAP_SECONDS = range(4, 8)
@@ -45,8 +49,9 @@ class Lanes(NamedTuple):
     whole: np.ndarray  # (lanes, WHOLE)
     real: np.ndarray  # (lanes, REAL)
     random: np.ndarray  # (lanes,) state of each lane's generator
-    state: np.ndarray  # (lanes, 6): the batch of the iteration under way
-    survival: np.ndarray  # (lanes, longest draft): P(more than j drafted tokens accepted)
+    state: np.ndarray  # (lanes, 7): the batch of the iteration under way
+    tiers: np.ndarray  # (lanes, 3, tiers): the draft length and where it changes
+    survival: np.ndarray  # (lanes, tiers, longest draft): P(more than j drafted tokens accepted)
     tokens: np.ndarray  # (lanes, requests, TOKENS)
     times: np.ndarray  # (lanes, requests, TIMES)
     running: np.ndarray  # (lanes, slots): requests in service, oldest first
@@ -82,7 +87,7 @@ def advance(lanes, durations):
             now = real[NOW] + durations[lane]
             if whole[CONCURRENCY] == 0:
                 _arrivals_until(now, whole, real, times, seconds_at, gaps)
-            random, survival = lanes.random[lane : lane + 1], lanes.survival[lane]
+            random, survival = lanes.random[lane : lane + 1], lanes.survival[lane, whole[TIER]]
             _end_step(now, whole, real, random, survival, tokens, times, running, seconds_at, gaps)
         if whole[CONCURRENCY] > 0:  # a closed loop: requests come with completions, the first ones together
             while whole[ARRIVED] < whole[N] and whole[ARRIVED] - whole[COMPLETED] < whole[CONCURRENCY]:
@@ -93,7 +98,8 @@ def advance(lanes, durations):
             _arrivals_until(real[NOW], whole, real, times, seconds_at, gaps)
         state[:] = 0.0
         if whole[MEASURED_LEFT] > 0:
-            _plan(whole, real, lanes.random[lane : lane + 1], state, tokens, times, running, lanes.stack[lane])
+            length = _draft_length(whole, lanes.tiers[lane], tokens, running)
+            _plan(length, whole, real, lanes.random[lane : lane + 1], state, tokens, times, running, lanes.stack[lane])
             active += 1
     return active
 
@@ -234,10 +240,29 @@ def _preempt_youngest(whole, tokens, running, stack):
 
 
 @compiled
-def _plan(whole, real, random, state, tokens, times, running, stack):
+def _draft_length(whole, tiers, tokens, running):
+    """The draft length of the next iteration, one for all: that of the tier which the decoding sequences lead to."""
+    if whole[TIERS] > 1:
+        decoding = 0
+        for place in range(whole[RUNNING]):
+            row = tokens[running[place]]
+            if row[CONTEXT] >= row[TARGET]:
+                decoding += 1
+        before = whole[TIER]
+        while decoding > tiers[LEFT_ABOVE, whole[TIER]]:
+            whole[TIER] += 1
+        while decoding < tiers[LEFT_BELOW, whole[TIER]]:
+            whole[TIER] -= 1
+        if whole[TIER] != before:
+            whole[SWITCHES] += 1
+    return tiers[LENGTH, whole[TIER]]
+
+
+@compiled
+def _plan(length, whole, real, random, state, tokens, times, running, stack):
     """What the next iteration works on: planned tokens of each running request, and the lane's batch state."""
     budget = whole[TOKEN_BUDGET]
-    length, passes = whole[DRAFT_LENGTH], 0
+    passes = 0
     abstains = real[DRAFT_PROBABILITY] < 1.0
     preempted = False
     place = 0
@@ -292,5 +317,7 @@ def _plan(whole, real, random, state, tokens, times, running, stack):
         budget -= need
         state[3] += need
         passes = max(passes, min(length, row[LONGEST_DRAFT]))
-    if state[5] > 0.0 or state[3] > 0.0:
+    if passes > 0 and (state[5] > 0.0 or state[3] > 0.0):
         state[4] = passes
+    elif whole[LOADED] > 0 and state[3] > 0.0:
+        state[6] = 1.0

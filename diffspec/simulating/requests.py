@@ -1,5 +1,6 @@
 """Requests to simulate: when they arrive and how long they are, drawn from a seed or given by a trace."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,6 +74,53 @@ def draw_requests(
         arrival,
         None if leniency_scv == 0 else random.gamma(1.0 / leniency_scv, leniency_scv, n_requests),
     )
+
+
+def draw_arrivals(
+    rates: Sequence[tuple[float, float]], random: np.random.Generator, scv: float = 1.0
+) -> Float[np.ndarray, "n"]:
+    """Arrival times [s] of a load that changes: ``rates`` = (time [s], arrival rate [req/s]) from time 0 on, joined
+    linearly; two entries at one time are a jump (a burst begins or ends).
+
+    Unit-rate gaps (gamma, ``scv``; 1: Poisson) are stretched by the inverse of the cumulated rate, which is exact:
+    Lambda(t) = int_0^t rate, arrivals at Lambda^-1(1st gap), Lambda^-1(1st + 2nd gap), ... until the last time.
+
+    >>> ramp = draw_arrivals([(0.0, 1.0), (100.0, 9.0)], np.random.default_rng(0))
+    >>> 450 < len(ramp) < 550 and float((ramp < 50.0).mean()) < 0.35  # 500 on average, 150 of them in the first half
+    True
+    """
+    time, rate = (np.asarray(column, dtype=float) for column in zip(*rates, strict=True))
+    good = (
+        time.size > 1 and time[0] == 0 and np.all(np.diff(time) >= 0) and np.all(np.isfinite(rate)) and rate.min() >= 0
+    )
+    span = np.diff(time)
+    grown = np.concatenate([[0.0], np.cumsum(0.5 * (rate[1:] + rate[:-1]) * span)])
+    if not good or grown[-1] <= 0:
+        raise InputError(
+            f"rates: got {list(rates)}; allowed: (time, rate) from 0 s on, nondecreasing times, rates >= 0"
+        )
+    count = int(grown[-1] + 10.0 * np.sqrt(max(scv, 1.0) * grown[-1]) + 20.0)
+    reached = np.cumsum(draw_gaps(1.0, scv, count, random))
+    reached = reached[reached < grown[-1]]
+    part = np.searchsorted(grown, reached, side="right") - 1
+    left = reached - grown[part]
+    slope = (rate[part + 1] - rate[part]) / np.where(span[part] > 0, span[part], 1.0)
+    root = np.sqrt(np.maximum(rate[part] ** 2 + 2.0 * slope * left, 0.0))
+    return time[part] + 2.0 * left / np.maximum(rate[part] + root, 1e-300)
+
+
+def from_arrivals(
+    arrival_time: Float[np.ndarray, "n"],
+    prompt_tokens: Int[np.ndarray, "n"] | float | int,
+    output_tokens: Int[np.ndarray, "n"] | float | int,
+) -> Requests:
+    """Requests at given times [s] (drawn by :func:`draw_arrivals`, or of a recorded trace), their lengths given each or
+    one for all [tok]."""
+    count = len(arrival_time)
+    prompts, outputs = (
+        np.broadcast_to(np.asarray(value).astype(np.int64), count) for value in (prompt_tokens, output_tokens)
+    )
+    return Requests(prompts, outputs, np.asarray(arrival_time, dtype=float))
 
 
 def draw_gaps(rate: float, scv: float, n: int, random: np.random.Generator) -> Float[np.ndarray, "n"]:

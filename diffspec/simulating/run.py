@@ -20,6 +20,7 @@ from diffspec.step_time import AbstractStepTime, BatchState
 
 from . import engine
 from .requests import Requests
+from .schedule import DraftSchedule
 
 UNLIMITED = 2**40
 
@@ -29,7 +30,8 @@ class Engine:
     """The simulated engine.
 
     * ``draft_length`` [tok] and ``position_acceptance``: conditional rates a_1..a_k (the last one repeats);
-      ``draft_probability`` [1]: chance that a sequence is drafted for in a step (n-gram drafters abstain)
+      ``draft_probability`` [1]: chance that a sequence is drafted for in a step (n-gram drafters abstain);
+      ``schedule``: a draft length that follows the batch, in place of ``draft_length``
     * ``max_batch_size`` [req], ``kv_capacity_tokens`` [tok], ``max_batched_tokens`` [tok] (token budget of one
       iteration): None for no limit. ``chunked_prefill``: whether a prompt may be split over iterations
     * ``prefix_hit_rate`` [1]: share of every prompt that is found in the prefix cache
@@ -45,6 +47,7 @@ class Engine:
     chunked_prefill: bool = True
     prefix_hit_rate: float = 0.0
     request_overhead: float = 0.0
+    schedule: DraftSchedule | None = None
 
     def __post_init__(self):
         limits = ("max_batch_size", "kv_capacity_tokens", "max_batched_tokens")
@@ -54,6 +57,12 @@ class Engine:
                 raise InputError(f"{name}: got {value!r}; allowed: a whole number")
         if self.draft_length < 0 or (self.draft_length > 0 and not len(self.position_acceptance)):
             raise InputError(f"draft_length: got {self.draft_length}; allowed: 0, or more with a position_acceptance")
+        schedule = self.schedule
+        if schedule is not None and self.draft_length > 0:
+            raise InputError(f"draft_length: got {self.draft_length} beside a schedule; allowed: one of both")
+        told = len(self.position_acceptance) or (schedule is not None and schedule.position_acceptance is not None)
+        if schedule is not None and schedule.longest > 0 and not told:
+            raise InputError("draft schedule: got no position_acceptance; allowed: the engine's, or the schedule's own")
         rates = np.asarray(self.position_acceptance, dtype=float)
         for name, values in (
             ("position_acceptance", rates),
@@ -67,11 +76,28 @@ class Engine:
             if value is not None and value < 1:
                 raise InputError(f"{name}: got {value}; allowed: at least 1, or None for no limit")
 
-    def survival(self) -> np.ndarray:
-        """P(more than j drafted tokens accepted), j = 0..draft_length - 1."""
-        rates = np.asarray(self.position_acceptance, dtype=float)[: self.draft_length]
-        rates = np.append(rates, np.full(max(self.draft_length - len(rates), 0), rates[-1] if len(rates) else 0.0))
-        return np.cumprod(rates)
+    @property
+    def longest(self) -> int:
+        """The longest draft [tok]."""
+        return self.draft_length if self.schedule is None else self.schedule.longest
+
+    def tiers(self) -> tuple[np.ndarray, np.ndarray]:
+        """[3, tiers]: the draft length of each tier and the batches below and above which it is left; and [tiers,
+        longest]: P(more than j drafted tokens accepted), j = 0..draft length - 1."""
+        schedule = DraftSchedule([[1, UNLIMITED, self.draft_length]]) if self.schedule is None else self.schedule
+        lengths = [int(k) for *_, k in schedule.ranges]
+        survival = np.zeros((len(lengths), max(1, self.longest)))
+        for tier, length in enumerate(lengths):
+            own = schedule.position_acceptance
+            survival[tier, :length] = _survival(
+                self.position_acceptance if own is None else own.get(length, ()), length
+            )
+        return np.asarray([lengths, *schedule.thresholds()], dtype=np.int64), survival
+
+
+def _survival(position_acceptance: Sequence[float], length: int) -> np.ndarray:
+    rates = np.asarray(position_acceptance, dtype=float)[:length]
+    return np.cumprod(np.append(rates, np.full(max(length - len(rates), 0), rates[-1] if len(rates) else 0.0)))
 
 
 @dataclass(frozen=True)
@@ -114,6 +140,7 @@ class LaneResult:
     gaps: np.ndarray
     seconds_at: np.ndarray
     drained: bool
+    switches: int = 0
     gap_edges: np.ndarray = field(default_factory=lambda: gap_edges())
 
     @property
@@ -172,7 +199,7 @@ def run_lanes(
     durations = np.zeros(len(lanes))
     total = int(data.whole[:, engine.MEASURED_LEFT].sum())
     last = time.monotonic()
-    evaluate = _evaluator(step_time)
+    evaluate = _evaluator(step_time, bool(data.whole[:, engine.LOADED].any()))
     while engine.advance(data, durations):
         durations = evaluate(data.state)
         if not (durations > 0).all():
@@ -183,17 +210,17 @@ def run_lanes(
     return [_result(lane, number, data) for number, lane in enumerate(lanes)]
 
 
-def _evaluator(step_time: AbstractStepTime) -> Callable[[np.ndarray], np.ndarray]:
+def _evaluator(step_time: AbstractStepTime, idle: bool) -> Callable[[np.ndarray], np.ndarray]:
     """Durations [s] of a batch state for each lane. One array holds all parameters: a call then costs 15 us, not 80."""
     leaves, structure = jax.tree.flatten(step_time)
     leaves = [np.asarray(leaf, dtype=float) for leaf in leaves]
-    durations = _compiled(structure, tuple(leaf.shape for leaf in leaves))
+    durations = _compiled(structure, tuple(leaf.shape for leaf in leaves), idle)
     values = jnp.asarray(np.concatenate([leaf.ravel() for leaf in leaves]))
     return lambda state: np.asarray(durations(values, state))
 
 
 @lru_cache
-def _compiled(structure, shapes) -> Callable:
+def _compiled(structure, shapes, idle: bool) -> Callable:
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
 
     @jax.jit
@@ -202,8 +229,12 @@ def _compiled(structure, shapes) -> Callable:
         step_time = jax.tree.unflatten(structure, [part.reshape(shape) for part, shape in parts])
 
         def one(row):
-            parts = step_time(BatchState(*row))
-            return jnp.where(row[0] > 0, parts.total, parts.prefill)
+            parts = step_time(BatchState(*row[:6]))
+            duration = jnp.where(row[0] > 0, parts.total, parts.prefill)
+            if not idle:
+                return duration
+            alone, read = (step_time(BatchState(prefill_tokens=row[3], draft_passes=x)).prefill for x in (0.0, 1.0))
+            return duration + row[6] * (read - alone)
 
         return jax.vmap(one)(state)
 
@@ -223,7 +254,9 @@ def _allocate(lanes: Sequence[Lane]) -> engine.Lanes:
     count, most = len(lanes), max(len(lane.requests) for lane in lanes)
     whole = np.zeros((count, engine.WHOLE), dtype=np.int64)
     real = np.zeros((count, engine.REAL))
-    survival = np.zeros((count, max(1, *(lane.engine.draft_length for lane in lanes))))
+    drafts = [lane.engine.tiers() for lane in lanes]
+    shape = [max(survival.shape[axis] for _, survival in drafts) for axis in range(2)]
+    tiers, survival = np.zeros((count, 3, shape[0]), dtype=np.int64), np.zeros((count, *shape))
     tokens = np.zeros((count, most, engine.TOKENS), dtype=np.int64)
     times = np.full((count, most, engine.TIMES), np.nan)
     times[:, :, engine.LENIENCY] = 1.0
@@ -234,19 +267,21 @@ def _allocate(lanes: Sequence[Lane]) -> engine.Lanes:
         end = n if lane.end_measured is None else lane.end_measured
         if not 0 <= lane.first_measured < end <= n:
             raise InputError(f"measured requests: got {lane.first_measured} to {end} of {n}; allowed: a range of them")
-        longest = int(np.max(lane.requests.prompt_tokens + lane.requests.output_tokens)) + settings.draft_length
+        longest = int(np.max(lane.requests.prompt_tokens + lane.requests.output_tokens)) + settings.longest
         capacity = UNLIMITED if settings.kv_capacity_tokens is None else settings.kv_capacity_tokens
         if longest > capacity:
             raise InputError(
                 f"kv_capacity_tokens: got {capacity}; allowed: at least {longest}, which the longest request needs"
             )
-        survival[number, : settings.draft_length] = settings.survival()
+        own, accepted = drafts[number]
+        tiers[number, :, : own.shape[1]] = own
+        survival[number, : accepted.shape[0], : accepted.shape[1]] = accepted
         prompt = lane.requests.prompt_tokens
         tokens[number, :n, engine.PROMPT] = tokens[number, :n, engine.TARGET] = prompt
         tokens[number, :n, engine.OUTPUT] = lane.requests.output_tokens
         tokens[number, :n, engine.CACHED] = np.minimum(np.floor(prompt * settings.prefix_hit_rate), prompt - 1)
         longest = lane.requests.longest_draft
-        tokens[number, :n, engine.LONGEST_DRAFT] = settings.draft_length if longest is None else longest
+        tokens[number, :n, engine.LONGEST_DRAFT] = UNLIMITED if longest is None else longest
         if lane.requests.leniency is not None:
             times[number, :n, engine.LENIENCY] = lane.requests.leniency
         if lane.requests.arrival_time is not None:
@@ -262,7 +297,8 @@ def _allocate(lanes: Sequence[Lane]) -> engine.Lanes:
             (engine.KV_CAPACITY, capacity),
             (engine.TOKEN_BUDGET, UNLIMITED if settings.max_batched_tokens is None else settings.max_batched_tokens),
             (engine.CHUNKED, settings.chunked_prefill),
-            (engine.DRAFT_LENGTH, settings.draft_length),
+            (engine.TIERS, own.shape[1]),
+            (engine.LOADED, settings.schedule is not None and settings.longest > 0),
         ):
             whole[number, place] = value
         real[number, engine.DRAFT_PROBABILITY] = settings.draft_probability
@@ -274,6 +310,7 @@ def _allocate(lanes: Sequence[Lane]) -> engine.Lanes:
         real=real,
         random=seeds | np.uint64(1),
         state=np.zeros((count, len(engine.STATE))),
+        tiers=tiers,
         survival=survival,
         tokens=tokens,
         times=times,
@@ -309,4 +346,5 @@ def _result(lane: Lane, number: int, data: engine.Lanes) -> LaneResult:
         gaps=data.gaps[number].copy(),
         seconds_at=seconds[: int(np.max(np.flatnonzero(seconds > 0), initial=0)) + 1].copy(),
         drained=bool(whole[engine.ARRIVED] == whole[engine.N]),
+        switches=int(whole[engine.SWITCHES]),
     )

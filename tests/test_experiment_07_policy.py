@@ -1,0 +1,41 @@
+"""Experiment 07, regret of the policy: its table is that of its results, and its rivals are what they are called."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from diffspec.acceptance import ConstantAcceptance
+
+FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "07_optimise"
+
+
+@pytest.fixture(scope="module")
+def regret():
+    spec = importlib.util.spec_from_file_location("policy_regret", FOLDER / "policy_regret.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_is_that_of_the_results(regret):
+    results = json.loads((FOLDER / "policy_regret.json").read_text(encoding="utf-8"))
+    assert (FOLDER / "policy_regret.md").read_text(encoding="utf-8") == regret.report(results)
+    for entry in results["contests"]:
+        assert all(told["mean_e2e"]["half_width"] >= 0 for told in entry["regret"].values())
+
+
+def test_the_interval_is_students(regret):
+    told = regret.interval(np.array([1.0, 2.0, 3.0, 4.0]))
+    assert told["mean"] == 2.5 and told["half_width"] == pytest.approx(3.182446 * np.sqrt(5 / 3) / 2, rel=1e-6)
+
+
+def test_sglang_comes_to_rest_where_its_rule_says(regret):
+    """At 0.8 a draft of 3 has 1.95 accepted: no reason to leave 3 of [1, 3, 5, 7] or of [0, 1, 3]."""
+    case = SimpleNamespace(batches=80, acceptance=ConstantAcceptance(0.8))
+    found = regret.sglang_lengths(case)
+    assert found[[0, 6, 7, 30, 31, 62, 63, 79]].tolist() == [3, 3, 3, 3, 1, 1, 0, 0]
+    assert regret.lengths_of(regret.VLLM_LIKE, 130)[[0, 16, 32, 64, 128]].tolist() == [5, 4, 3, 1, 0]
