@@ -266,9 +266,9 @@ class ServingModel(eqx.Module):
 
     def _prompt_wait(self, workload: Workload, request: RequestCost, state: SteadyState, times):
         """Mean wait [s] of a prompt for the token budget, beyond what the residence holds of others' prefill."""
-        service = request.mean(request.prompt_service(state.batch_seen))
-        if workload.n_requests is None:
-            wait = prompt_wait(service, state.throughput)
+        service = request.mean(each := request.prompt_service(state.batch_seen))
+        if workload.n_requests is None:  # Pollaczek and Khinchine: prompts of several classes differ
+            wait = prompt_wait(service, state.throughput) * (request.mean(each**2) / service**2)
         else:
             wait = prompt_wait(service, workload.arrival_rate)  # type: ignore[arg-type]
             wait = self._wait_of_run(workload, 1.0, 1.0 / service, wait)

@@ -38,24 +38,9 @@ def shared() -> Path:
 
 
 LONGEST = (
-    *(
-        "test_uncertainty",
-        "test_design",
-        "test_update",
-        "test_pooling",
-        "test_experiment_03",
-        "test_readme",
-        "test_fit",
-    ),
-    *("test_load_policy", "test_size", "test_expert_placement", "test_joint", "test_transfer", "test_collecting"),
-    *(
-        "test_serving",
-        "test_waiting",
-        "test_simulating",
-        "test_decisions",
-        "test_cli_commands",
-        "test_first_principles",
-    ),
+    *("test_readme", "test_uncertainty", "test_decisions", "test_waiting", "test_transfer", "test_cli_commands"),
+    *("test_fit", "test_simulating", "test_serving", "test_update", "test_joint", "test_traces_hostile"),
+    *("test_request_mix", "test_finite_runs", "test_expert_placement", "test_pooling", "test_design", "test_report"),
 )
 """Files of tests that take longest: they start first, so that both workers end together."""
 

@@ -441,6 +441,8 @@ def test_readme_names_every_json_key(fitted, model):
         "simulate": answer_of("simulate", model, *speculative, "--requests", "20", "--replications", "2"),
         "optimize": answer_of("optimize", model, *LOAD, "--max-draft-length", "2"),
         "sensitivity": answer_of("sensitivity", model, *speculative),
+        "policy": answer_of("policy", model, *LOAD, "--max-draft-length", "2"),
+        "size": answer_of("size", model, "--target-rate", "4", "--max-draft-length", "2", "--slo", "ttft_mean<5"),
     }
     for command, answer in answers.items():
         assert sorted(documented_keys(command)) == sorted(answer), command

@@ -245,12 +245,15 @@ def test_drafters_and_objectives_that_cannot_be_read_are_refused(deployment):
     ):
         with pytest.raises(InputError, match=sentence):
             parse_drafters(text)
-    for text in ("e2e", "2*", "0*e2e_mean", "throughput"):
+    for text in ("e2e", "2*", "0*e2e_mean", "throughput", "e*e2e_mean", "1-2*e2e_mean"):
         with pytest.raises(InputError):
             parse_objective(text)
     stranger = DrafterChoice("x", by_class={"poetry": ConstantAcceptance(0.5)})
-    with pytest.raises(InputError, match="allowed classes: chat"):
-        optimize_jointly(deployment, loads=[1.0], classes=(CHAT,), drafters=(stranger,))
+    with pytest.raises(InputError, match="allowed classes: chat, code"):
+        optimize_jointly(deployment, loads=[1.0], classes=(CHAT, CODE), drafters=(stranger,))
+    for classes, sentence in (((CHAT, CHAT), "each once"), ((CODE,), "shares that sum to 0.3")):
+        with pytest.raises(InputError, match=sentence):
+            optimize_jointly(deployment, loads=[1.0], classes=classes)
     with pytest.raises(InputError, match="increasing"):
         optimize_jointly(deployment, loads=[2.0, 1.0], classes=(CHAT,))
 
@@ -282,3 +285,5 @@ def test_the_command_decides_jointly(deployment, tmp_path, capsys):
     assert main([*command, "--prompt-length", "10"]) == 2
     assert main(["optimize", str(tmp_path / "model.json"), "--concurrency", "4", "--batch-caps", "8,16"]) == 2
     assert "closed loop" in capsys.readouterr().err
+    assert main([*command, "--capture-sizes", "1,2"]) == 2
+    assert "got --capture-sizes" in capsys.readouterr().err

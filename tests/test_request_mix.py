@@ -111,14 +111,18 @@ def test_affine_classes_solve_the_plain_equations():
     assert np.asarray(found.e2e_latency) == pytest.approx(expected / rates, rel=1e-5)
 
 
-@pytest.mark.parametrize(("load", "server"), [(0.5, {}), (1.5, {}), (1.0, {"max_batch_size": 12})])
+@pytest.mark.parametrize(
+    ("load", "server"), [(0.5, {}), (1.5, {}), (1.0, {"max_batch_size": 12}), (1.0, {"max_batched_tokens": 1024})]
+)
 def test_classes_agree_with_the_simulator(load, server):
-    """Every class within 6 % (the first token: 12 %, at low load too low) of what the engine does, beyond chance."""
+    """Every class within 6 % of what the engine does, beyond chance; the first token within 12 % (at low load it reads
+    too low), in chunks within 20 %."""
     means, half = simulated(load, **server)
     found = predict(MODEL, *classes(load, **{name: float(value) for name, value in server.items()}))
     for row, name in enumerate(NAMES):
         off = np.abs(np.asarray(getattr(found, name)) - means[row]) - half[row]
-        assert np.all(off < (0.12 if name == "ttft" else 0.06) * means[row]), (name, off / means[row])
+        allowed = 0.06 if name != "ttft" else 0.2 if "max_batched_tokens" in server else 0.12
+        assert np.all(off < allowed * means[row]), (name, off / means[row])
     assert found.e2e_latency[2] < found.e2e_latency[0] < 3 * found.e2e_latency[2]
 
 

@@ -84,7 +84,7 @@ def test_many_servers_wait_as_erlang_says(servers, use):
     within(found.mean("waiting"), wait + 0.5 * 0.01, 0.12)
 
 
-@pytest.mark.parametrize("law", ["fixed", "geometric", "lognormal"])
+@pytest.mark.parametrize("law", ["fixed", "geometric", pytest.param("lognormal", marks=pytest.mark.slow)])
 def test_sharing_does_not_care_for_the_law_of_lengths(law):
     """M/G/1 processor sharing: mean sojourn = work/(1-load) for any law of lengths with the same mean."""
     workload = Workload(1.0, 51.0, arrival_rate=5.0, output_scv=2.0)

@@ -321,6 +321,7 @@ def test_the_quick_covariance_is_there_too(tmp_path):
     assert known.noise("tpot_mean") == known.noise("itl_mean") and known.noise("throughput") is None
 
 
+@pytest.mark.slow
 def test_measured_rows_of_the_quiet_table_lie_inside():
     trace = read_trace(QUIET)
     model = fit(trace, step_time="roofline", holdout="draft_length==4")

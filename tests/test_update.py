@@ -225,6 +225,7 @@ def predicted(model, trace):
     return np.concatenate([found["ttft_mean"], found["itl_mean"]])
 
 
+@pytest.mark.slow
 def test_an_update_without_forgetting_is_near_the_fit_of_all_rows(model, folder, unseen):
     new = stream([(SERVER, 30)], 12)
     updated, _ = update(model, trace_of(new, folder / "new.csv"), forgetting=1.0)

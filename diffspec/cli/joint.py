@@ -44,6 +44,17 @@ class JointOptions:
         """The files that are read, and must not be written."""
         return tuple(path for path in (self.classes, self.drafters) if path is not None)
 
+    def refuse(self, others: dict[str, Any]) -> None:
+        """Raise :class:`InputError` where one of these options is given too, which a joint decision does not take."""
+        from diffspec.results import InputError
+
+        given = [option for option, value in others.items() if value is not None]
+        if given:
+            raise InputError(
+                f"got {', '.join(given)} with --classes, --drafters or --batch-caps; allowed: one or the other (a "
+                "catalogue has each drafter's size)"
+            )
+
     def print_template(self) -> None:
         """Both files, commented, on stdout."""
         from diffspec.optimizing.catalogue import CLASSES_EXAMPLE, DRAFTERS_EXAMPLE
@@ -80,7 +91,8 @@ class JointOptions:
             folder = self.drafters.parent
 
             def read(path: str):
-                return read_model(folder / path).deployment(asked.deployment)
+                model = read_model(folder / path)
+                return model.deployment(asked.deployment if len(model.deployments) > 1 else None)
 
             drafters = parse_drafters(_text(self.drafters), str(self.drafters), read)
         caps = [] if self.batch_caps is None else parse_loads(self.batch_caps, "--batch-caps")

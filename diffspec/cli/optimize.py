@@ -67,9 +67,17 @@ def command(
     if joint.asked:
         from diffspec.report import joint_tables
 
+        apart = {"--experts": placing.experts, "--capture-sizes": capture_sizes, "--plot": plot}
+        joint.refuse(apart | {"--drafter-params": asked.drafter_params})
         question = {"max_draft_length": max_draft_length, "slo": slo or [], "objective": objective}
         with progress_bar("optimize") as progress:
             answer, notes = joint.decide(deployment, asked, progress, **question)
+        if unmeasured is not None:
+            answer |= unmeasured.told()
+            answer["warnings"].append("what is not known before any trace is in no interval here")
+            if not unmeasured.plan.fits:
+                empty = {"table": [], "policy": [], "optimality_gap": None, "infeasible": None, "warnings": []}
+                answer |= empty | {"outcome": "does_not_fit"}
         note(notes)
         note(answer["warnings"], "warning")
         inputs = subject.inputs + joint.inputs

@@ -20,7 +20,7 @@ CLASSES_EXAMPLE = """classes:
   share: 0.6                # of the requests
   prompt_length: 300
   output_length: 200
-  acceptance_rate: 0.7      # or position_acceptance: "0.8;0.7;0.6"; without either the drafter's own
+  acceptance_rate: 0.7      # or position_acceptance: "0.8;0.7;0.6"; counts where the drafter gives none
   slo: ["tpot_mean<0.05"]   # limits of this class
 - name: code
   share: 0.4
@@ -42,7 +42,8 @@ DRAFTERS_EXAMPLE = """drafters:
 
 @dataclass(frozen=True)
 class RequestClass:
-    """Requests of one kind: their ``share`` of all [1], lengths [tok], acceptance (None: the drafter's) and limits.
+    """Requests of one kind: their ``share`` of all [1], lengths [tok], limits, and the acceptance that counts where a
+    drafter of the catalogue gives none.
 
     ``weight`` [1] multiplies the share in the objective.
     """
@@ -156,11 +157,12 @@ _ACCEPTANCE = ("acceptance_rate", "position_acceptance")
 
 
 def _entries(text: str, source: str, key: str, allowed: tuple[str, ...]):
-    try:
-        data = yaml.safe_load(text)
+    try:  # classes and drafters may be two documents of one file
+        documents = [document for document in yaml.safe_load_all(text) if document is not None]
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
-    entries = data.get(key) if isinstance(data, dict) else data
+    named = [document[key] for document in documents if isinstance(document, dict) and key in document]
+    entries = named[0] if named else documents[0] if documents else None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"{source}: got no list of mappings; allowed: '{key}:' and one entry each, '- name: ...'")
     names: set[str] = set()
@@ -197,7 +199,9 @@ def _acceptance(entry: dict[str, Any], where: str):
     value = entry[given[0]]
 
     def one(value, where):
-        values = str(value).replace(",", ";").split(";") if given[0] == "position_acceptance" else [value]
+        values: list[Any] = [value]
+        if given[0] == "position_acceptance":
+            values = value if isinstance(value, list) else str(value).replace(",", ";").split(";")
         try:
             rates = [float(part) for part in values]
         except (TypeError, ValueError):

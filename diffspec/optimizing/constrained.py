@@ -109,7 +109,7 @@ def minimise_within(
         raised = np.maximum(multipliers + weight[:, None] * excess, 0.0)
         multipliers = np.where(done[:, None], multipliers, raised)
         violation = np.max(np.maximum(excess, 0.0), axis=1, initial=0.0)
-        complementarity = np.max(np.abs(multipliers * excess), axis=1, initial=0.0)
+        complementarity = np.max(np.abs(np.where(multipliers > 0, multipliers * excess, 0.0)), axis=1, initial=0.0)
         # the gradient of the augmented Lagrangian is that of the Lagrangian at the raised multipliers
         stationarity = np.abs(x - np.clip(x - _together(x, at[3], alike)[1], 0.0, 1.0)).max(axis=1)
         # at a kink of f no step goes downhill though the gradient is not 0: that is an end too

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractAcceptance
+from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractAcceptance, ConstantAcceptance
 from diffspec.analysis.plain import as_floats, finite
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.observations import states_of
@@ -30,7 +30,7 @@ from diffspec.optimizing.joint_answer import (
     value_of,
     violations,
 )
-from diffspec.optimizing.joint_problem import ClassLimit, Drafted, parse_objective, shapes_of
+from diffspec.optimizing.joint_problem import ClassLimit, Drafted, over_all, parse_objective, shapes_of
 from diffspec.optimizing.joint_search import (
     NO_CAP,
     STARTS,
@@ -38,13 +38,13 @@ from diffspec.optimizing.joint_search import (
     Ranges,
     first,
     joined,
-    only,
     relaxed,
     rounded,
     score,
 )
 from diffspec.optimizing.limits import parse_limit
 from diffspec.results import InputError
+from diffspec.serving import MOST_STATES
 from diffspec.workload import check_range
 
 MOST_POINTS = 1_000_000
@@ -70,12 +70,13 @@ def optimize_jointly(
     * ``loads`` [req/s], increasing: of all classes together; ``classes``: shares, lengths, acceptance and own limits
     * ``drafters``: a catalogue; none: the deployment's own. ``batch_caps`` [req]: candidates, default the measured cap
     * ``acceptance``: of drafters and classes that have none; default the deployment's own
-    * ``slo``: limits on the mean over all requests, or on ``utilization`` and ``capacity``; classes have their own
+    * ``slo``: limits on the mean over all requests, or on ``utilization``; classes have their own
     * ``objective``: a mean latency, a weighted sum of them, or ``capacity`` (made large)
 
     Returns plain data: ``outcome`` (``successful`` when some load has a feasible point), ``table`` with, for each load,
     ``drafter``, ``draft_lengths`` by class, ``max_batch_size``, ``objective``, ``metrics`` by class and of ``all``,
-    ``speedup`` over no speculation, ``common`` (the best with one draft length for all classes, which is what engines
+    ``speedup`` (mean e2e latency without speculation, of the deployment that was given, over that of the choice; below
+    1 where the objective is another), ``common`` (the best with one draft length for all classes, which is what engines
     take today), ``relaxed`` (the reals, with the Karush-Kuhn-Tucker residuals of
     :class:`diffspec.optimizing.constrained.Solution`), ``shadow_prices`` of the limits, ``optimality_gap``,
     ``evaluated`` and ``exhaustive``, and ``violations`` where nothing is feasible; and ``policy``: neighbouring loads
@@ -91,20 +92,22 @@ def optimize_jointly(
     report = progress or (lambda what, share: None)
     known_cap = deployment.defaults.get("max_batch_size")
     caps = tuple(sorted({float(cap) for cap in batch_caps})) or (NO_CAP if known_cap is None else float(known_cap),)
-    ranges = Ranges(max_draft_length, caps, deployment.plain_measured)
+    ranges = Ranges(max_draft_length, caps)
     arms = [_arm(deployment, choice, classes, ranges, max_batched_tokens, acceptance) for choice in drafters or (_OWN,)]
-    total = ranges.points(len(classes)) * len(arms)
+    total: int = sum(ranges.points(len(classes), arm.zero) for arm in arms)
     exhaustive = total * len(loads) <= MOST_POINTS
     solved = []
     for number, arm in enumerate(arms):
         share = number / len(arms)
         report(f"{arm.name}: relaxed", 0.6 * share)
         solved.append(relaxed(arm, shapes, goal, limits, loads, ranges))
-    between = _between(arms, drafters, shapes, goal, limits, loads, ranges)
+    between = _between(arms, drafters, shapes, goal, limits, loads, ranges, classes)
+    plain = _arm(deployment, _OWN, classes, ranges, max_batched_tokens, acceptance or _ANY)
+    own = plain if deployment.plain_measured else None
     table = []
     for i, load in enumerate(loads):
         report(f"{load:g} req/s: whole points", 0.6 + 0.4 * i / len(loads))
-        entry = _decide(load, i, arms, solved, shapes, goal, limits, ranges, classes, exhaustive)
+        entry = _decide(load, i, arms, own, solved, shapes, goal, limits, ranges, classes, exhaustive)
         table.append(entry | {"drafter_size": None if between is None else between[i]})
     report("done", 1.0)
     feasible = [entry for entry in table if entry["feasible"]]
@@ -122,11 +125,12 @@ def optimize_jointly(
         "policy": merged(table),
         "optimality_gap": max(gaps) if gaps else None,
         "infeasible": None if feasible else table[0]["violations"],
-        "warnings": caveats(deployment, arms, classes, loads, max_draft_length),
+        "warnings": caveats(deployment, arms, classes, loads, max_draft_length, caps),
     }
 
 
-_OWN = DrafterChoice("fitted")
+_OWN, _ANY = DrafterChoice("fitted"), ConstantAcceptance(0.5)
+"""The deployment's own drafter; an acceptance for points that do not draft."""
 
 
 def _check(loads, classes, longest, caps) -> None:
@@ -138,6 +142,11 @@ def _check(loads, classes, longest, caps) -> None:
         raise InputError("classes: got none; allowed: at least one")
     if not (isinstance(longest, int) and 1 <= longest <= MAX_DRAFT_LENGTH):
         raise InputError(f"max_draft_length: got {longest!r}; allowed: whole numbers from 1 to {MAX_DRAFT_LENGTH}")
+    names = [one.name for one in classes]
+    if len(names) > len(set(names)) or (len(names) > 1 and "all" in names):
+        raise InputError(f"classes: got the names {', '.join(names)}; allowed: each once, and none called 'all'")
+    if abs(sum(one.share for one in classes) - 1.0) > 1e-6:
+        raise InputError(f"classes: got shares that sum to {sum(one.share for one in classes):g}; allowed: to 1")
     for cap in caps:
         check_range("batch_caps", float(cap), 1, 1e8, low_open=False, unit="req")
 
@@ -155,8 +164,7 @@ def _arm(own: FittedDeployment, choice: DrafterChoice, classes, ranges: Ranges, 
         found.append(as_floats(config.acceptance))
     reference = deployment.defaults.get("drafter_params", 1.0)
     serving = as_floats(deployment.serving)
-    most = ranges.caps[-1]
-    states = states_of(None if most >= NO_CAP else most)
+    states = states_of(max((cap for cap in ranges.caps if cap <= MOST_STATES), default=None))
     serving = replace(serving, waiting_states=min(serving.waiting_states, states))
     kv, probability = (deployment.defaults.get(name) for name in ("kv_capacity_tokens", "draft_probability"))
     drafted = Drafted(
@@ -168,10 +176,10 @@ def _arm(own: FittedDeployment, choice: DrafterChoice, classes, ranges: Ranges, 
         kv_capacity_tokens=None if kv is None else np.asarray(float(kv)),
         max_batched_tokens=None if budget is None else np.asarray(float(budget)),
     )
-    return Arm(choice.name, deployment, float(choice.drafter_params or reference), drafted)
+    return Arm(choice.name, deployment, float(choice.drafter_params or reference), drafted, deployment.plain_measured)
 
 
-def _between(arms, drafters, shapes, goal, limits, loads, ranges: Ranges) -> list[dict[str, Any]] | None:
+def _between(arms, drafters, shapes, goal, limits, loads, ranges: Ranges, classes) -> list[dict[str, Any]] | None:
     """The best real size of a drafter at each load, where the catalogue tells how acceptance follows size."""
     family = [choice for choice in drafters if choice.drafter_params is not None and choice.deployment is None]
     try:
@@ -193,36 +201,36 @@ def _between(arms, drafters, shapes, goal, limits, loads, ranges: Ranges) -> lis
             {
                 "drafter_params": math.exp(size),
                 "acceptance_rate": rate,
-                "draft_lengths": [float(k) for k in lengths],
-                "objective": float(np.exp(solution.value[lane])),
+                "draft_lengths": {one.name: float(k) for one, k in zip(classes, lengths, strict=True)},
+                "objective": finite(value_of(goal, float(solution.value[lane]))),
                 "violation": float(solution.violation[lane]),
             }
         )
     return told
 
 
-def _decide(load, i, arms, solved, shapes, goal, limits, ranges, classes, exhaustive) -> dict[str, Any]:
+def _decide(load, i, arms, own, solved, shapes, goal, limits, ranges, classes, exhaustive) -> dict[str, Any]:
     """The decision at one load."""
     count, evaluated = len(classes), 0
-    attempts, best, common, plain = [], [], [], None
+    attempts, best, common = [], [], []
+    plain = None
+    if own is not None:
+        plain = score(own, shapes, goal, limits, load, np.asarray([[*[0.0] * count, ranges.caps[-1]]]))
     for arm, solution in zip(arms, solved, strict=True):
         lane = solution.best(slice(i * len(STARTS), (i + 1) * len(STARTS)))
         found = rounded(arm, shapes, goal, limits, load, ranges, solution.x[lane], count)
         evaluated += len(found.points)
         attempts.append(first(found))
         diagonal = np.asarray(
-            [(*[k] * count, cap) for k in range(0 if ranges.zero else 1, ranges.longest + 1) for cap in ranges.caps]
+            [(*[k] * count, cap) for k in ranges.lengths(arm.zero) for cap in ranges.caps], dtype=float
         )
         alike = score(arm, shapes, goal, limits, load, diagonal)
         evaluated += len(diagonal)
         common.append(first(alike))
-        zeros = np.flatnonzero((alike.points[:, :count] == 0).all(axis=1) & (alike.points[:, count] == ranges.caps[-1]))
-        if zeros.size and plain is None:
-            plain = only(alike, int(zeros[0]))
         found = joined(found, alike)
         if exhaustive and count > 1:
-            lengths = range(0 if ranges.zero else 1, ranges.longest + 1)
-            whole = np.asarray(list(itertools.product(*[lengths] * count, ranges.caps)), dtype=float)
+            lengths = [ranges.lengths(arm.zero)] * count
+            whole = np.asarray(list(itertools.product(*lengths, ranges.caps)), dtype=float)
             found = score(arm, shapes, goal, limits, load, whole)
             evaluated += len(whole)
         best.append(first(found))
@@ -230,23 +238,30 @@ def _decide(load, i, arms, solved, shapes, goal, limits, ranges, classes, exhaus
     chosen, arm = best[winner], arms[winner]
     feasible = bool(chosen.worst[0] <= 0 and not chosen.saturated[0])
     attempt = min(attempts, key=lambda one: one.rank[0])
-    gap = float(np.expm1(attempt.cost[0] - chosen.cost[0])) if feasible and attempt.rank[0] < 1e6 else None
+    judged = exhaustive and feasible and attempt.rank[0] < 1e6
+    gap = float(np.expm1(attempt.cost[0] - chosen.cost[0])) if judged else None
     alike = int(np.argmin([one.rank[0] for one in common]))
     solution = solved[winner]
     lane = solution.best(slice(i * len(STARTS), (i + 1) * len(STARTS)))
-    known = plain is not None and not plain.saturated[0] and feasible
+    speedup = None
+    if plain is not None and not plain.saturated[0] and feasible:
+        both = [over_all("e2e_mean", one.metrics["e2e_mean"], shapes.share)[0] for one in (plain, chosen)]
+        speedup = finite(both[0] / both[1])
+    spare = 1.0 - float(chosen.metrics["utilization"][0, 0])
+    headroom = min(spare, float(-np.expm1(chosen.worst[0]))) if limits else spare
+    lost = bool(common[alike].saturated[0])
     return {
         "load": float(load),
         "feasible": feasible,
         "drafter": arm.name,
         **point_told(chosen, classes, goal, shapes, count),
-        "speedup": float(np.exp(plain.cost[0] - chosen.cost[0])) if known and goal.text != "capacity" else None,  # type: ignore[union-attr]
-        "headroom": float(-np.expm1(chosen.worst[0])) if limits else float(1.0 - chosen.metrics["utilization"][0, 0]),
+        "speedup": speedup,
+        "headroom": headroom,
         "common": {
             "drafter": arms[alike].name,
             "draft_length": int(common[alike].points[0, 0]),
-            "objective": finite(value_of(goal, common[alike].cost[0])),
-            "feasible": bool(common[alike].worst[0] <= 0 and not common[alike].saturated[0]),
+            "objective": None if lost else finite(value_of(goal, common[alike].cost[0])),
+            "feasible": bool(common[alike].worst[0] <= 0 and not lost),
         },
         "relaxed": relaxed_told(solution, lane, goal, classes, ranges),
         "shadow_prices": shadow_prices(solution, lane, goal, limits, classes),

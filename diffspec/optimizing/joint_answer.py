@@ -11,6 +11,7 @@ from diffspec.optimizing.catalogue import RequestClass
 from diffspec.optimizing.constrained import Solution, tied_groups
 from diffspec.optimizing.joint_problem import Objective, excesses, over_all
 from diffspec.optimizing.joint_search import NO_CAP, Ranges, Scored
+from diffspec.serving import MOST_STATES
 
 
 def value_of(goal: Objective, cost: float) -> float:
@@ -120,7 +121,8 @@ def merged(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return policy
 
 
-def caveats(own: FittedDeployment, arms, classes, loads, longest) -> list[str]:
+def caveats(own: FittedDeployment, arms, classes, loads, longest, caps) -> list[str]:
+    """Where the answer must be doubted, one sentence each."""
     notes = []
     for arm in arms:
         for one in classes:
@@ -129,6 +131,19 @@ def caveats(own: FittedDeployment, arms, classes, loads, longest) -> list[str]:
                 for note in arm.deployment.caveats(longest, fields):
                     told = f"class {one.name}: {note}"
                     notes += [told] if told not in notes else []
+    for arm in arms:
+        cap, known = (one.defaults.get("max_batch_size") for one in (arm.deployment, own))
+        if cap != known:
+            notes.append(f"drafter {arm.name}: measured with a batch cap of {cap}, asked at those of this decision")
+        mixed = arm.deployment.mixed_acceptance
+        if mixed and any(acceptance is arm.deployment.acceptance for acceptance in arm.drafted.acceptances):
+            notes.append(f"drafter {arm.name}: {mixed}")
+        if own.plain_measured and not arm.zero:
+            notes.append(f"drafter {arm.name}: no k = 0 row was fitted: it always drafts")
+    if any(cap > MOST_STATES for cap in caps if cap < NO_CAP):
+        notes.append(
+            f"waiting for a place is not counted at batch caps above {MOST_STATES}: they look better than they are"
+        )
     if not own.plain_measured:
         notes.append("no k = 0 row was fitted: draft_length 0 is no candidate and no speedup is told")
     if len(classes) > 1:

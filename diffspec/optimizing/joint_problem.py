@@ -24,13 +24,14 @@ from diffspec.analysis.answers import METRICS
 from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
 from diffspec.optimizing.catalogue import RequestClass
-from diffspec.optimizing.limits import Limit, check_objective
+from diffspec.optimizing.limits import OBJECTIVES, Limit
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
 
 SERVER_WIDE = ("throughput", "utilization", "capacity")
 """Metrics that classes do not have each of their own: sums, or the same for all."""
+LATENCIES = tuple(name for name in OBJECTIVES if name != "throughput")
 _TERM = re.compile(r"^\s*(?:([0-9.eE+-]+)\s*\*)?\s*([A-Za-z0-9_]+)\s*$")
 CHUNK = 512
 """Points that one call evaluates."""
@@ -93,10 +94,13 @@ def parse_objective(text: str) -> Objective:
             raise InputError(
                 f"objective: got {text!r}; allowed: a metric, or a sum such as '0.7*e2e_mean+0.3*ttft_mean'"
             )
-        factor = float(match[1] or 1.0)
-        check_objective(match[2])
-        if match[2] == "throughput":
-            raise InputError("objective: got 'throughput', which in an open loop is the load; allowed: capacity")
+        try:
+            factor = float(match[1] or 1.0)
+        except ValueError:
+            factor = math.nan
+        if match[2] not in LATENCIES:
+            allowed = f"{', '.join(LATENCIES)}, sums of them, or capacity"
+            raise InputError(f"objective: got {match[2]!r}; allowed: {allowed}")
         if not (math.isfinite(factor) and factor > 0):
             raise InputError(f"objective: got the factor {match[1]!r}; allowed: above 0")
         terms.append((factor, match[2]))

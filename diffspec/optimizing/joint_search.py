@@ -36,6 +36,7 @@ class Arm(NamedTuple):
     deployment: FittedDeployment
     size: float
     drafted: Drafted
+    zero: bool
 
 
 class Ranges(NamedTuple):
@@ -43,11 +44,14 @@ class Ranges(NamedTuple):
 
     longest: int
     caps: tuple[float, ...]
-    zero: bool
 
-    def points(self, classes: int) -> int:
+    def lengths(self, zero: bool) -> range:
+        """The whole draft lengths, 0 among them where that is a candidate."""
+        return range(0 if zero else 1, self.longest + 1)
+
+    def points(self, classes: int, zero: bool) -> int:
         """How many whole points one drafter has."""
-        return (self.longest + self.zero) ** classes * len(self.caps)
+        return len(self.lengths(zero)) ** classes * len(self.caps)
 
 
 def relaxed(arm: Arm, shapes, goal, limits, loads, ranges: Ranges, sizes=None) -> Solution:
@@ -135,7 +139,7 @@ def rounded(arm, shapes, goal, limits, load, ranges: Ranges, x, count: int) -> S
     cap = caps[0] if len(caps) == 1 else np.exp(math.log(caps[0]) + (math.log(caps[-1] / caps[0])) * x[count])
     place = int(np.searchsorted(caps, cap))
     near_caps = sorted({caps[min(max(place + move, 0), len(caps) - 1)] for move in (-1, 0)})
-    near = [sorted({math.floor(k + 1e-9), math.ceil(k - 1e-9), *([0] if ranges.zero else [])}) for k in real]
+    near = [sorted({math.floor(k + 1e-9), math.ceil(k - 1e-9), *([0] if arm.zero else [])}) for k in real]
     if math.prod(len(values) for values in near) > MOST_CORNERS:
         near = [[round(float(k))] for k in real]
     found = score(arm, shapes, goal, limits, load, np.asarray(list(itertools.product(*near, near_caps)), dtype=float))
@@ -145,7 +149,7 @@ def rounded(arm, shapes, goal, limits, load, ranges: Ranges, x, count: int) -> S
         for number in range(count):
             for move in (-1, 1):
                 k = best[number] + move
-                if (0 if ranges.zero else 1) <= k <= ranges.longest:
+                if k in ranges.lengths(arm.zero):
                     around.append([*best[:number], k, *best[number + 1 : count + 1]])
         at = int(np.searchsorted(caps, best[count]))
         around += [[*best[:count], caps[j]] for j in (at - 1, at + 1) if 0 <= j < len(caps)]
@@ -167,5 +171,6 @@ def only(found: Scored, row: int) -> Scored:
 
 
 def first(found: Scored) -> Scored:
-    """The best point alone."""
-    return only(found, int(np.argmin(found.rank)))
+    """The best point alone; of equal ones (a cap that never fills changes no mean) the largest cap."""
+    order = np.lexsort((-found.points[:, -2], np.round(found.rank, 10)))
+    return only(found, int(order[0]))

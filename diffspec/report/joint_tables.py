@@ -7,7 +7,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from diffspec.report.numbers import metric_value, percent, significant
-from diffspec.report.tables import table
+from diffspec.report.tables import assumed, table
 
 SHOWN = ("ttft_mean", "tpot_mean", "e2e_mean")
 
@@ -18,7 +18,6 @@ def joint(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
     for entry in answer["table"]:
         lengths = ", ".join(f"{name} {length}" for name, length in entry["draft_lengths"].items())
         cap = entry["max_batch_size"]
-        common = entry["common"]
         rows.append(
             (
                 f"{entry['load']:g}",
@@ -28,7 +27,7 @@ def joint(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
                 _objective(answer["objective"], entry["objective"]),
                 significant(entry["speedup"]),
                 percent(entry["headroom"]),
-                f"{common['drafter']} {common['draft_length']}: {_objective(answer['objective'], common['objective'])}",
+                _common(answer["objective"], entry["common"]),
             )
         )
         for name in entry["draft_lengths"] if entry["metrics"] else ():
@@ -64,14 +63,21 @@ def joint(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
         )
         yield Text(f"best size between those of the catalogue, by load: {told}")
     if answer["optimality_gap"] is not None:
-        how = "exhaustive search" if answer["table"][0]["exhaustive"] else "the best neighbour"
-        yield Text(f"the relaxation, rounded and improved, is within {percent(answer['optimality_gap'])} of {how}")
+        gap = percent(answer["optimality_gap"])
+        yield Text(f"the relaxation, rounded and improved, is within {gap} of exhaustive search")
+    yield from assumed(answer)
 
 
 def _drafter(entry: Mapping[str, Any]) -> str:
     if not entry["feasible"]:
         return "none will do"
     return entry["drafter"] if any(entry["draft_lengths"].values()) else "no speculation"
+
+
+def _common(goal: str, common: Mapping[str, Any]) -> str:
+    if not common["feasible"]:
+        return "none"
+    return f"{common['drafter']} {common['draft_length']}: {_objective(goal, common['objective'])}"
 
 
 def _objective(text: str, value: float | None) -> str:
