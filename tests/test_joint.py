@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -285,5 +286,11 @@ def test_the_command_decides_jointly(deployment, tmp_path, capsys):
     assert main([*command, "--prompt-length", "10"]) == 2
     assert main(["optimize", str(tmp_path / "model.json"), "--concurrency", "4", "--batch-caps", "8,16"]) == 2
     assert "closed loop" in capsys.readouterr().err
+    configs = Path(__file__).parents[1] / "data" / "configs"
+    before = ["optimize", "--verifier", str(configs / "llama-3.1-8b.json"), "--hardware", "h200", *command[2:8]]
+    before += ["--drafter", str(configs / "llama-3.2-1b.json"), "--acceptance-rate", "0.8", "--json"]
+    assert main(before) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["outcome"] == "successful" and told["memory"]["fits"] and told["assumptions"]
     assert main([*command, "--capture-sizes", "1,2"]) == 2
     assert "got --capture-sizes" in capsys.readouterr().err

@@ -44,6 +44,17 @@ class JointOptions:
         """The files that are read, and must not be written."""
         return tuple(path for path in (self.classes, self.drafters) if path is not None)
 
+    def with_mean_lengths(self, asked: WorkloadOptions) -> WorkloadOptions:
+        """The workload asked for with the mean lengths of the classes: what memory is planned for before any trace."""
+        if self.classes is None or asked.prompt_length is not None or asked.output_length is not None:
+            return asked
+        from diffspec.optimizing.catalogue import parse_classes
+
+        classes = parse_classes(_text(self.classes), str(self.classes))
+        prompt = sum(one.share * one.prompt_length for one in classes)
+        output = sum(one.share * one.output_length for one in classes)
+        return dataclasses.replace(asked, prompt_length=prompt, output_length=output)
+
     def refuse(self, others: dict[str, Any]) -> None:
         """Raise :class:`InputError` where one of these options is given too, which a joint decision does not take."""
         from diffspec.results import InputError

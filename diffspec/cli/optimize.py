@@ -63,7 +63,7 @@ def command(
     from diffspec.optimizing.optimize import optimize, optimize_unmeasured
     from diffspec.report import expert_tables, tables
 
-    deployment, unmeasured = subject.find(asked, max_draft_length)
+    deployment, unmeasured = subject.find(joint.with_mean_lengths(asked), max_draft_length)
     if joint.asked:
         from diffspec.report import joint_tables
 
