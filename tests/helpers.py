@@ -1,12 +1,28 @@
 """What several tests share: relative closeness, finite differences in log coordinates, outcome names, predictions."""
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffspec.drafters import DraftCost
 from diffspec.results import RESULTS
+from diffspec.step_time import RooflineStepTime
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+SERVER_STEP = RooflineStepTime(
+    weight_read=6e-3,
+    token_compute=4e-5,
+    kv_read=6e-8,
+    step_overhead=1e-3,
+    prefill_token=2e-5,
+    draft=DraftCost(pass_base=8e-4, pass_sequence=1e-5),
+)
+"""A synthetic server's step."""
 
 AS_USERS_COMPILE = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 """XLA's defaults, for what must hold to rounding; conftest.py has everything else compiled faster."""
@@ -14,6 +30,15 @@ AS_USERS_COMPILE = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emi
 # fourth-order central differences: offsets in steps, weights over the step
 _OFFSETS = np.array([-2.0, -1.0, 1.0, 2.0])
 _WEIGHTS = np.array([1.0, -8.0, 8.0, -1.0]) / 12.0
+
+
+def experiment(folder: str, script: str):
+    """A script of experiments/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"{script}_of_{folder}", EXPERIMENTS / folder / f"{script}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def assert_close(actual, expected, rtol: float, atol: float = 0.0) -> None:

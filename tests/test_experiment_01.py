@@ -1,25 +1,14 @@
 """The published forms of experiment 01 against their own equations, and its tables."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import EXPERIMENTS, experiment
 
-FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "01_reproduce_published_form"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"experiment_01_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-baselines, tables = load("baselines"), load("tables")
+FOLDER = EXPERIMENTS / "01_reproduce_published_form"
+baselines, tables = (experiment(FOLDER.name, name) for name in ("baselines", "tables"))
 
 RATES, USERS = (0.5, 1.0, 2.0, 3.0), (1.0, 4.0, 16.0)
 

@@ -1,17 +1,12 @@
 """MagicDec's published speedups, from first principles and the engine's latencies without speculation."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import experiment
 
-SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "04_physics_against_simulator" / "long_context.py"
-spec = importlib.util.spec_from_file_location("experiment_04_long_context", SCRIPT)
-script = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = script
-spec.loader.exec_module(script)
+script = experiment("04_physics_against_simulator", "long_context")
 
 ENGINE = script.calibrate()
 
@@ -44,4 +39,4 @@ def test_speedup_rises_with_the_batch_only_with_long_contexts_and_a_window():
 
 
 def test_the_table_is_that_of_the_script():
-    assert SCRIPT.with_suffix(".md").read_text(encoding="utf-8") == script.text()
+    assert Path(script.__file__).with_suffix(".md").read_text(encoding="utf-8") == script.text()

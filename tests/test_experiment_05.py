@@ -1,21 +1,18 @@
 """Experiment 05: its fits recover what is put in, and, where the measurements are, first principles meet them."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import experiment
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "05_transfer"
 
 
 @pytest.fixture(scope="module")
 def run():
-    spec = importlib.util.spec_from_file_location("experiment_05", FOLDER / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return experiment("05_transfer", "run")
 
 
 def test_two_parameters_are_recovered(run):

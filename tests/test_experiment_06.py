@@ -1,20 +1,14 @@
 """Experiment 06: the pooling of held-out intervals, and that its table is that of experiment 01's folds."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
-
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+from helpers import EXPERIMENTS, experiment
 
 
 @pytest.fixture(scope="module")
 def coverage():
-    spec = importlib.util.spec_from_file_location("coverage_06", EXPERIMENTS / "06_fit" / "interval_coverage.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return experiment("06_fit", "interval_coverage")
 
 
 def fold(coverage, number, rows, inside, width=0.5):

@@ -1,12 +1,12 @@
 """Experiment 07, regret of the policy: its table is that of its results, and its rivals are what they are called."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import experiment
 
 from diffspec.acceptance import ConstantAcceptance
 
@@ -15,10 +15,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "07_optimise"
 
 @pytest.fixture(scope="module")
 def regret():
-    spec = importlib.util.spec_from_file_location("policy_regret", FOLDER / "policy_regret.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return experiment("07_optimise", "policy_regret")
 
 
 def test_the_table_is_that_of_the_results(regret):

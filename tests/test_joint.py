@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import SERVER_STEP
 from scipy.optimize import minimize
 
 from diffspec.acceptance import ConstantAcceptance
 from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.cli import main
 from diffspec.configuration import Configuration
-from diffspec.drafters import DraftCost
 from diffspec.fitting.deployment import FittedDeployment, FittedModel
 from diffspec.optimizing.catalogue import (
     CLASSES_EXAMPLE,
@@ -31,17 +31,8 @@ from diffspec.optimizing.joint_problem import cost_of, parse_objective, shapes_o
 from diffspec.optimizing.limits import parse_limit
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
-from diffspec.step_time import RooflineStepTime
 from diffspec.workload import Workload
 
-STEP = RooflineStepTime(
-    weight_read=6e-3,
-    token_compute=4e-5,
-    kv_read=6e-8,
-    step_overhead=1e-3,
-    prefill_token=2e-5,
-    draft=DraftCost(pass_base=8e-4, pass_sequence=1e-5),
-)
 CHAT = RequestClass("chat", 0.7, 300.0, 200.0, acceptance=ConstantAcceptance(0.65))
 CODE = RequestClass("code", 0.3, 800.0, 100.0, acceptance=ConstantAcceptance(0.9))
 SMALL = DrafterChoice("small", 0.5e9, by_class={"chat": ConstantAcceptance(0.55), "code": ConstantAcceptance(0.8)})
@@ -51,7 +42,7 @@ LONGEST, LOADS = 5, (2.0, 12.0)
 
 @pytest.fixture(scope="module")
 def deployment():
-    serving = jax.tree.map(jnp.asarray, ServingModel(STEP, first_token_steps=1.5))
+    serving = jax.tree.map(jnp.asarray, ServingModel(SERVER_STEP, first_token_steps=1.5))
     defaults = {"max_batch_size": 48.0, "drafter_params": 1e9}
     measured = {"draft_lengths": [0, 1, 3, 5], "arrival_rate": [1.0, 20.0], "concurrency": None}
     measured |= {"prompt_length": [100.0, 2000.0], "output_length": [50.0, 400.0]}
@@ -193,7 +184,7 @@ def test_the_best_size_lies_between_the_catalogues(decide):
 
 
 def test_the_solver_agrees_with_slsqp():
-    def problem(x, shift):
+    def problem(x, shift, _=None):
         y = 3.0 * x - 1.5
         value = jnp.sum((y - shift) ** 2) + 0.3 * jnp.sum(y[1:] * y[:-1])
         return value, jnp.stack([jnp.sum(y**2) - 2.0, y[0] + y[1] - 0.4])

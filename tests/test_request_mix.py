@@ -4,29 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import SERVER_STEP
 from scipy.optimize import fsolve
 
 from diffspec.acceptance import ConstantAcceptance
 from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
-from diffspec.drafters import DraftCost
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import ServingModel
 from diffspec.simulating import Engine
 from diffspec.simulating.requests import Requests
 from diffspec.simulating.run import Lane, run_lanes
-from diffspec.step_time import AffineStepTime, RooflineStepTime
+from diffspec.step_time import AffineStepTime
 from diffspec.workload import Workload
 
-STEP = RooflineStepTime(
-    weight_read=6e-3,
-    token_compute=4e-5,
-    kv_read=6e-8,
-    step_overhead=1e-3,
-    prefill_token=2e-5,
-    draft=DraftCost(pass_base=8e-4, pass_sequence=1e-5),
-)
-MODEL = ServingModel(STEP, first_token_steps=1.5)
+MODEL = ServingModel(SERVER_STEP, first_token_steps=1.5)
 # (arrival rate at a load of 1, prompt, output, draft length, acceptance): chat, code and summaries
 CLASSES = ((6.0, 300.0, 200.0, 3.0, 0.7), (3.0, 800.0, 100.0, 5.0, 0.9), (1.5, 4000.0, 60.0, 0.0, 0.5))
 NAMES = ("ttft", "tpot", "e2e_latency")
@@ -60,7 +52,7 @@ def simulated(load, shapes=CLASSES, seeds=4, requests=6000, **server):
         engine = Engine(draft_length=5, position_acceptance=(0.5,) * 5, **server)
         lanes.append(Lane(drawn, engine, first_measured=1000, end_measured=requests - 500, seed=seed))
         kinds.append(kind[1000 : requests - 500])
-    found = run_lanes(STEP, lanes)
+    found = run_lanes(SERVER_STEP, lanes)
     means = np.asarray(
         [
             [[getattr(lane, name)[kind == c].mean() for c in range(len(shapes))] for name in ("ttft", "tpot", "e2e")]

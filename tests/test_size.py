@@ -1,7 +1,6 @@
 """`diffspec size`: the rate a replica sustains, replicas, cost and energy, curve and front: against closed forms, brute
 force, the predictions one by one, and the simulator."""
 
-import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -10,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import EXPERIMENTS, assert_close, experiment
 from scipy.optimize import brentq
 from test_cli_main import run, toy_deployment, toy_model
 
@@ -523,11 +522,7 @@ def test_public_names():
 
 
 def test_the_table_of_the_experiment_is_that_of_its_numbers():
-    folder = Path(__file__).parents[1] / "experiments" / "07_optimise"
-    spec = importlib.util.spec_from_file_location("capacity_07", folder / "capacity.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    folder, module = EXPERIMENTS / "07_optimise", experiment("07_optimise", "capacity")
     found = json.loads((folder / "capacity.json").read_text(encoding="utf-8"))
     assert module.markdown(found) == (folder / "capacity.md").read_text(encoding="utf-8")
     for entries in found["measured"].values():

@@ -10,6 +10,9 @@ from diffspec.cli.experts import ExpertOptions, half
 from diffspec.cli.joint import JointOptions
 from diffspec.cli.options import (
     AsJson,
+    CaptureSizes,
+    MaxDraftLength,
+    Objective,
     Out,
     PlotPath,
     WorkloadOptions,
@@ -27,21 +30,12 @@ def command(
     asked: WorkloadOptions,
     joint: JointOptions,
     placing: ExpertOptions,
-    max_draft_length: Annotated[
-        int, typer.Option("--max-draft-length", metavar="K", help="Longest draft to consider.")
-    ] = 8,
+    max_draft_length: MaxDraftLength = 8,
     slo: Annotated[
         list[str] | None, typer.Option("--slo", metavar='"METRIC<X"', help="A limit in s or req/s; repeat for more.")
     ] = None,
-    objective: Annotated[str, typer.Option("--objective", metavar="METRIC", help="What to make small.")] = "e2e_mean",
-    capture_sizes: Annotated[
-        str | None,
-        typer.Option(
-            "--capture-sizes",
-            metavar="1,2,4,8",
-            help="Token counts that the engine pads a step to (CUDA graphs), to score choices on; 'vllm': its own.",
-        ),
-    ] = None,
+    objective: Objective = "e2e_mean",
+    capture_sizes: CaptureSizes = None,
     plot: PlotPath = None,
     as_json: AsJson = False,
     out: Out = None,

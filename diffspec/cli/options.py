@@ -50,6 +50,16 @@ AllRows = Annotated[bool, typer.Option("--all-rows", help="Use rows that are not
 DraftLength = Annotated[
     float, typer.Option("--draft-length", metavar="K", help="Drafted tokens per step; 0 for no speculation.")
 ]
+MaxDraftLength = Annotated[int, typer.Option("--max-draft-length", metavar="K", help="Longest draft to consider.")]
+Objective = Annotated[str, typer.Option("--objective", metavar="METRIC", help="What to make small.")]
+CaptureSizes = Annotated[
+    str | None,
+    typer.Option(
+        "--capture-sizes",
+        metavar="1,2,4,8",
+        help="Token counts that the engine pads a step to (CUDA graphs), to score choices on; 'vllm': its own.",
+    ),
+]
 
 _LOAD, _ACCEPTANCE, _SERVER = "Workload (one load is needed)", "Acceptance (at most one)", "Server"
 

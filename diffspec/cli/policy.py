@@ -9,6 +9,9 @@ import typer
 
 from diffspec.cli.options import (
     AsJson,
+    CaptureSizes,
+    MaxDraftLength,
+    Objective,
     Out,
     PlotPath,
     WorkloadOptions,
@@ -27,14 +30,12 @@ _TIERS, _EXPORT = "Tiers of the schedule", "Export"
 def command(
     subject: SubjectOptions,
     asked: WorkloadOptions,
-    max_draft_length: Annotated[
-        int, typer.Option("--max-draft-length", metavar="K", help="Longest draft to consider.")
-    ] = 8,
+    max_draft_length: MaxDraftLength = 8,
     slo: Annotated[
         list[str] | None,
         typer.Option("--slo", metavar='"METRIC<X"', help="A limit under the schedule, in s or req/s; repeat for more."),
     ] = None,
-    objective: Annotated[str, typer.Option("--objective", metavar="METRIC", help="What to make small.")] = "e2e_mean",
+    objective: Objective = "e2e_mean",
     risk: Annotated[
         str,
         typer.Option(
@@ -66,14 +67,7 @@ def command(
             help="Half width of the bands around thresholds, 0 for none; default: as far as the batch wavers.",
         ),
     ] = None,
-    capture_sizes: Annotated[
-        str | None,
-        typer.Option(
-            "--capture-sizes",
-            metavar="1,2,4,8",
-            help="Token counts that the engine pads a step to (CUDA graphs), to score choices on; 'vllm': its own.",
-        ),
-    ] = None,
+    capture_sizes: CaptureSizes = None,
     export: Annotated[
         list[str] | None,
         typer.Option(

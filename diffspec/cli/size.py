@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffspec.cli.options import AsJson, Out, PlotPath, WorkloadOptions, parse_loads, with_options
+from diffspec.cli.options import AsJson, MaxDraftLength, Out, PlotPath, WorkloadOptions, parse_loads, with_options
 from diffspec.cli.output import deliver, note, progress_bar
 from diffspec.cli.prepare import prepare_jax
 from diffspec.cli.subject import SubjectOptions
@@ -32,9 +32,7 @@ def command(
     headroom: Annotated[
         float, typer.Option("--headroom", metavar="H", help="Share of the largest rate to leave unused.")
     ] = 0.0,
-    max_draft_length: Annotated[
-        int, typer.Option("--max-draft-length", metavar="K", help="Longest draft to consider.")
-    ] = 8,
+    max_draft_length: MaxDraftLength = 8,
     max_tensor_parallel: Annotated[
         int | None,
         typer.Option(

@@ -70,6 +70,7 @@ def minimise_within(
     function: Callable,
     starts: Float[np.ndarray, "lanes variables"],
     data: Any = None,
+    shared: Any = None,
     *,
     rounds: int = ROUNDS,
     steps: int = STEPS,
@@ -77,12 +78,13 @@ def minimise_within(
     alike: Sequence[Sequence[int]] = (),
     progress: Callable[[float], None] | None = None,
 ) -> Solution:
-    """Minimise ``function(x, data)`` -> (f, c [limits]) from each start; ``data``: a pytree with an axis of lanes.
+    """Minimise ``function(x, data, shared)`` -> (f, c [limits]) from each start; ``data``: a pytree with an axis of
+    lanes; ``shared``: one that all lanes have in common.
 
     ``function`` must be differentiable and finite, saturated or not; pass the same function again to reuse its
     compiled program. ``rounds`` of multipliers, each of up to ``steps`` moves; ``progress`` gets the share done.
 
-    >>> found = minimise_within(lambda x, _: ((x[0] - 1.0) ** 2 + x[1], x[:1] - 0.25), np.full((1, 2), 0.5))
+    >>> found = minimise_within(lambda x, *_: ((x[0] - 1.0) ** 2 + x[1], x[:1] - 0.25), np.full((1, 2), 0.5))
     >>> found.x[0].round(4).tolist(), found.multipliers[0].round(3).tolist()
     ([0.25, 0.0], [1.5])
     """
@@ -93,11 +95,11 @@ def minimise_within(
     def evaluate(at, multipliers, weight):
         nonlocal evaluations
         evaluations += 1
-        found = _evaluate(function, at, data, multipliers, weight)
+        found = _evaluate(function, at, data, multipliers, weight, shared)
         return tuple(np.array(part) for part in found)
 
     weight = np.full(lanes, WEIGHT)
-    limits = jax.eval_shape(function, *jax.tree.map(lambda leaf: leaf[0], (x, data)))[1].shape[0]
+    limits = jax.eval_shape(function, *jax.tree.map(lambda leaf: leaf[0], (x, data)), shared)[1].shape[0]
     multipliers = np.zeros((lanes, limits))
     worst, least, hopeless = np.full(lanes, np.inf), np.full(lanes, np.inf), np.zeros(lanes, dtype=int)
     done = np.zeros(lanes, dtype=bool)
@@ -129,11 +131,11 @@ def minimise_within(
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
-def _evaluate(function, x, data, multipliers, weight):
+def _evaluate(function, x, data, multipliers, weight, shared):
     """(augmented Lagrangian, f, c, gradient) of every lane."""
 
     def lagrangian(x, data, multipliers, weight):
-        value, excess = function(x, data)
+        value, excess = function(x, data, shared)
         penalty = (jnp.maximum(multipliers + weight * excess, 0.0) ** 2 - multipliers**2) / (2.0 * weight)
         return value + jnp.sum(penalty), (value, excess)
 

@@ -33,7 +33,7 @@ from diffspec.optimizing.expert_placement import (
 )
 from diffspec.optimizing.expert_problem import INFEASIBLE, Point, Problem, merit_of, undominated
 from diffspec.optimizing.expert_search import relaxed_placement, routed
-from diffspec.optimizing.limits import check_objective, parse_limit
+from diffspec.optimizing.limits import check_question, parse_limit
 from diffspec.resources import memory_plan
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
@@ -90,7 +90,7 @@ def place_experts(
     Errors: :class:`InputError` for a deployment without experts, other experts in the file, or ranks, copies or groups
     that do not divide.
     """
-    check_objective(objective)
+    check_question(objective, loop, loads, max_draft_length)
     report = progress or (lambda what, share: None)
     popularity, ranks, notes = _asked(deployment, routes, expert_ranks)
     size = check_slots(popularity.shape[1], ranks, redundant_experts)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractAcceptance, ConstantAcceptance
+from diffspec.acceptance import AbstractAcceptance, ConstantAcceptance
 from diffspec.analysis.plain import as_floats, finite
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.observations import states_of
@@ -42,7 +42,7 @@ from diffspec.optimizing.joint_search import (
     rounded,
     score,
 )
-from diffspec.optimizing.limits import parse_limit
+from diffspec.optimizing.limits import check_loads, parse_limit
 from diffspec.results import InputError
 from diffspec.serving import MOST_STATES
 from diffspec.workload import check_range
@@ -134,14 +134,9 @@ _OWN, _ANY = DrafterChoice("fitted"), ConstantAcceptance(0.5)
 
 
 def _check(loads, classes, longest, caps) -> None:
-    if not loads or any(not (math.isfinite(load) and load > 0) for load in loads):
-        raise InputError(f"arrival_rate: got {list(loads)!r}; allowed: at least one load, each above 0")
-    if any(later <= earlier for earlier, later in itertools.pairwise(loads)):
-        raise InputError(f"arrival_rate: got {list(loads)!r}; allowed: increasing loads")
+    check_loads(loads, "arrival_rate", longest)
     if not classes:
         raise InputError("classes: got none; allowed: at least one")
-    if not (isinstance(longest, int) and 1 <= longest <= MAX_DRAFT_LENGTH):
-        raise InputError(f"max_draft_length: got {longest!r}; allowed: whole numbers from 1 to {MAX_DRAFT_LENGTH}")
     names = [one.name for one in classes]
     if len(names) > len(set(names)) or (len(names) > 1 and "all" in names):
         raise InputError(f"classes: got the names {', '.join(names)}; allowed: each once, and none called 'all'")

@@ -50,6 +50,11 @@ class ClassLimit(NamedTuple):
     number: int | None
     limit: Limit
 
+    @property
+    def of_one(self) -> "ClassLimit":
+        """The same limit at a bound of 1: what a program is compiled for, whatever the bound."""
+        return self._replace(limit=self.limit.of_one)
+
     def text(self, classes: Sequence[RequestClass]) -> str:
         """As a user reads it, such as ``chat: tpot_mean<0.05``."""
         return self.limit.text if self.number is None else f"{classes[self.number].name}: {self.limit.text}"

@@ -3,7 +3,8 @@
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from diffspec.optimizing.joint_problem import (
     excesses,
     predicted,
 )
+from diffspec.optimizing.limits import beyond
 
 NO_CAP = 1e9
 """Stands for no batch cap [req]."""
@@ -70,42 +72,30 @@ def relaxed(arm: Arm, shapes, goal, limits, loads, ranges: Ranges, sizes=None) -
         "cap": np.full(lanes, caps[0]),
         "size": np.full(lanes, math.log(arm.size)),
     }
-    problem = (arm.drafted, shapes)
-    data["problem"] = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (lanes, *np.shape(leaf))), problem)
-    data["bounds"] = np.tile([entry.limit.bound for entry in limits], (lanes, 1))
-    kinds = tuple(entry._replace(limit=entry.limit._replace(bound=1.0)) for entry in limits)
-    function = relaxed_function(goal, kinds, count, free_cap, sizes is not None)
+    function = relaxed_function(goal, tuple(entry.of_one for entry in limits), count, free_cap, sizes is not None)
     at = np.tile(starts[:, None], (len(loads), len(low)))
-    return minimise_within(function, at, data, alike=[range(count)] if count > 1 else ())
+    bounds = np.asarray([entry.limit.bound for entry in limits])
+    alike = [range(count)] if count > 1 else ()
+    return minimise_within(function, at, data, (arm.drafted, shapes, bounds), alike=alike)
 
 
-_FUNCTIONS: dict[Any, Callable] = {}
-
-
+@lru_cache
 def relaxed_function(goal: Objective, limits, count: int, free_cap: bool, free_size: bool) -> Callable:
     """(cost, excesses and overload) of a relaxed point; the same function for the same question, so that its program is
     compiled once. Bounds are data: ``limits`` have 1."""
-    key = (goal, limits, count, free_cap, free_size)
-    if key not in _FUNCTIONS:
 
-        def function(x, data):
-            drafted, shapes = data["problem"]
-            real = data["low"] + (data["high"] - data["low"]) * x
-            cap = jnp.exp(real[count]) if free_cap else data["cap"]
-            size = real[-1] if free_size else data["size"]
-            point = jnp.concatenate([real[:count], cap[None], size[None]])
-            metrics, overload, _ = predicted(drafted, shapes, data["load"], point)
-            signs = [limit.sign for _, limit in limits]
-            beyond = [
-                excess - sign * jnp.log(bound)
-                for excess, sign, bound in zip(
-                    excesses(limits, metrics, shapes.share), signs, data["bounds"], strict=True
-                )
-            ]
-            return cost_of(goal, metrics, shapes), jnp.stack([*beyond, overload])
+    def function(x, data, shared):
+        drafted, shapes, bounds = shared
+        real = data["low"] + (data["high"] - data["low"]) * x
+        cap = jnp.exp(real[count]) if free_cap else data["cap"]
+        size = real[-1] if free_size else data["size"]
+        point = jnp.concatenate([real[:count], cap[None], size[None]])
+        metrics, overload, _ = predicted(drafted, shapes, data["load"], point)
+        broken = excesses(limits, metrics, shapes.share)
+        broken = beyond(broken, [one.limit for one in limits], bounds)
+        return cost_of(goal, metrics, shapes), jnp.stack([*broken, overload])
 
-        _FUNCTIONS[key] = function
-    return _FUNCTIONS[key]
+    return function
 
 
 class Scored(NamedTuple):

@@ -1,6 +1,7 @@
 """Latency limits (SLOs) and objectives: read from text, measured as a log excess that gradients can reduce."""
 
 import difflib
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -9,10 +10,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from diffspec.acceptance import MAX_DRAFT_LENGTH
 from diffspec.analysis.answers import METRICS
 from diffspec.latency_distribution import PERCENTILES
 from diffspec.results import InputError
 
+LOOPS = ("arrival_rate", "concurrency")
 LIMITED = ("ttft_mean", "itl_mean", "tpot_mean", "e2e_mean", "throughput", "utilization")
 PERCENTILE_LIMITED = tuple(f"{name}_p{percent}" for name in ("ttft", "tpot", "itl", "e2e") for percent in PERCENTILES)
 """Limits on percentiles, which only open loops have; allowed where a verb says so."""
@@ -44,6 +47,11 @@ class Limit(NamedTuple):
         """As a user writes it, such as ``ttft_mean<0.5``."""
         return f"{self.metric}{'<' if self.sign > 0 else '>'}{self.bound:g}"
 
+    @property
+    def of_one(self) -> "Limit":
+        """The same limit at a bound of 1: what a program is compiled for, whatever the bound."""
+        return self._replace(bound=1.0)
+
     def excess(self, value):
         """log(value/bound) for an upper limit, its negative for a lower one: > 0 where the limit is broken."""
         return self.sign * (jnp.log(value) - math.log(self.bound))
@@ -74,6 +82,37 @@ def parse_limit(text: str, allowed: Sequence[str] = LIMITED) -> Limit:
     if metric == "throughput" and comparison.startswith("<"):
         raise InputError(f"limit {text!r}: a throughput is limited from below: throughput>NUMBER")
     return Limit(metric, 1 if comparison.startswith("<") else -1, bound)
+
+
+def beyond(excesses: Sequence, limits: Sequence[Limit], bounds) -> list:
+    """Log excesses over ``bounds`` [limits] from those at a bound of 1 (:attr:`Limit.of_one`)."""
+    return [found - one.sign * jnp.log(bound) for found, one, bound in zip(excesses, limits, bounds, strict=True)]
+
+
+def check_question(objective: str, loop: str, loads: Sequence[float], longest: int) -> None:
+    """Raise :class:`InputError` unless the objective is known and means something in this loop, loads are positive and
+    increase, and the longest draft length is in range."""
+    check_objective(objective)
+    if objective == "throughput" and loop == "arrival_rate":
+        raise InputError(
+            "objective: got 'throughput' in an open loop, where it equals arrival_rate whatever the draft length; "
+            "allowed: a latency, or a closed loop (concurrency)"
+        )
+    check_loads(loads, loop, longest)
+
+
+def check_loads(loads: Sequence[float], loop: str, longest: int) -> None:
+    """Raise :class:`InputError` unless loads are positive and increase, and the longest draft length is in range."""
+    if loop not in LOOPS:
+        raise InputError(f"loop: got {loop!r}; allowed: {', '.join(LOOPS)}")
+    if not loads or any(not (math.isfinite(load) and load > 0) for load in loads):
+        raise InputError(f"{loop}: got {list(loads)!r}; allowed: at least one load, each above 0")
+    if any(later <= earlier for earlier, later in itertools.pairwise(loads)):
+        raise InputError(f"{loop}: got {list(loads)!r}; allowed: increasing loads")
+    if loop == "concurrency" and loads[0] < 1:
+        raise InputError(f"concurrency: got {loads[0]!r}; allowed: at least 1 req")
+    if not (isinstance(longest, int) and 1 <= longest <= MAX_DRAFT_LENGTH):
+        raise InputError(f"max_draft_length: got {longest!r}; allowed: whole numbers from 1 to {MAX_DRAFT_LENGTH}")
 
 
 def check_objective(objective: str) -> None:

@@ -21,8 +21,8 @@ from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.uncertainty import DRAWS, LEVEL
 from diffspec.optimizing.batch_tables import BatchTables, batch_tables, schedule_length
-from diffspec.optimizing.limits import check_objective, parse_limit
-from diffspec.optimizing.optimize import check_loads, on_captured_sizes
+from diffspec.optimizing.limits import check_question, parse_limit
+from diffspec.optimizing.optimize import on_captured_sizes
 from diffspec.optimizing.policy_answer import (
     Asked,
     add_break_even,
@@ -112,15 +112,9 @@ def policy(
 
     Errors: :class:`InputError` for unknown metrics, loads that do not increase, or ranges.
     """
-    check_objective(objective)
-    if objective == "throughput" and loop == "arrival_rate":
-        raise InputError(
-            "objective: got 'throughput' in an open loop, where it equals arrival_rate whatever the draft length; "
-            "allowed: a latency, or a closed loop (concurrency)"
-        )
     if loads is None and loop == "concurrency":
         raise InputError("concurrency: got no load; allowed: at least one, in a closed loop")
-    check_loads([1.0] if loads is None else loads, loop, max_draft_length)
+    check_question(objective, loop, [1.0] if loads is None else loads, max_draft_length)
     check_range("output_length", float(output_length), 1, 1e8, low_open=False, unit="tok")
     check_range("min_gain", float(min_gain), 0, 10, low_open=False, unit="(share of the latency)")
     check_range("min_width", float(min_width), 1, 1e6, low_open=False, unit="req")

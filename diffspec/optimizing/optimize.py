@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractAcceptance
+from diffspec.acceptance import AbstractAcceptance
 from diffspec.analysis.answers import METRICS, QUEUEING
 from diffspec.analysis.before_traces import DOES_NOT_FIT, Unmeasured
 from diffspec.analysis.intervals import NO_INTERVALS, each
@@ -22,15 +22,14 @@ from diffspec.fitting.uncertainty import DRAWS
 from diffspec.optimizing.batch_tables import schedule_length
 from diffspec.optimizing.choice import best_static, choice_intervals
 from diffspec.optimizing.flags import vllm_flags
-from diffspec.optimizing.limits import check_objective, costs, parse_limit
+from diffspec.optimizing.limits import check_question, costs, parse_limit
 from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
 from diffspec.optimizing.schedule import batch_schedule, latency_under_schedule
-from diffspec.results import RESULTS, InputError
+from diffspec.results import RESULTS
 from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.staircase import StaircaseStepTime
 from diffspec.workload import Workload, batched, check_range
 
-LOOPS = ("arrival_rate", "concurrency")
 OPTIMALITY_TOLERANCE = 1e-9
 
 
@@ -98,14 +97,8 @@ def optimize(
 
     Errors: :class:`InputError` for unknown metrics, loads that do not increase, or ranges.
     """
-    check_objective(objective)
-    if objective == "throughput" and loop == "arrival_rate":
-        raise InputError(
-            "objective: got 'throughput' in an open loop, where it equals arrival_rate whatever the draft length; "
-            "allowed: a latency, or a closed loop (concurrency)"
-        )
+    check_question(objective, loop, loads, max_draft_length)
     limits = tuple(parse_limit(text) for text in slo)
-    check_loads(loads, loop, max_draft_length)
     check_range("prompt_length", float(prompt_length), 0, 1e8, low_open=True, unit="tok")
     check_range("output_length", float(output_length), 1, 1e8, low_open=False, unit="tok")
     check_range("output_scv", float(output_scv), 0, 100, low_open=False, unit="(squared coefficient of variation)")
@@ -137,8 +130,7 @@ def optimize(
     if not plain_known:  # what a server without its drafter would do was not measured: no candidate
         saturated = saturated | (np.arange(max_draft_length + 1) == 0)
     report("relaxed draft length", 0.4)
-    starts = jnp.asarray(np.unique([1.0, math.sqrt(max_draft_length), float(max_draft_length)]))
-    relaxed = np.asarray(relaxed_draft_lengths(objective, limits, max_draft_length, smooth, workloads, config, starts))
+    relaxed = relaxed_draft_lengths(objective, limits, max_draft_length, smooth, workloads, config)
     report("schedule over the batch", 0.8)
     table = [
         _choose(
@@ -220,20 +212,6 @@ def on_captured_sizes(serving: ServingModel, capture_sizes: Sequence[int] | None
     if capture_sizes is None:
         return serving
     return replace(serving, step_time=StaircaseStepTime(inner=serving.step_time, capture_sizes=tuple(capture_sizes)))
-
-
-def check_loads(loads: Sequence[float], loop: str, longest: int) -> None:
-    """Raise :class:`InputError` unless loads are positive and increase, and the draft length is in range."""
-    if loop not in LOOPS:
-        raise InputError(f"loop: got {loop!r}; allowed: {', '.join(LOOPS)}")
-    if not loads or any(not (math.isfinite(load) and load > 0) for load in loads):
-        raise InputError(f"{loop}: got {list(loads)!r}; allowed: at least one load, each above 0")
-    if any(later <= earlier for earlier, later in itertools.pairwise(loads)):
-        raise InputError(f"{loop}: got {list(loads)!r}; allowed: increasing loads")
-    if loop == "concurrency" and loads[0] < 1:
-        raise InputError(f"concurrency: got {loads[0]!r}; allowed: at least 1 req")
-    if not (isinstance(longest, int) and 1 <= longest <= MAX_DRAFT_LENGTH):
-        raise InputError(f"max_draft_length: got {longest!r}; allowed: whole numbers from 1 to {MAX_DRAFT_LENGTH}")
 
 
 def _choose(load, metrics, saturated, limits, objective, relaxed) -> dict[str, Any]:

@@ -1,28 +1,26 @@
-"""Draft length as a real number: projected Adam on the relaxed problem, gradients through the equilibrium.
+"""Draft length as a real number: the relaxed problem of one draft length at each load.
 
-For each load, minimise cost(k) over k in [1, K] subject to excess_j(k) <= 0 and no overload, by an augmented
-Lagrangian with one multiplier per constraint c:
-
-    cost(k) + sum_c ( max(0, multiplier_c + weight*c(k))^2 - multiplier_c^2 ) / (2*weight)
-
-k = K-coordinate of a bounded variable moved by Optax's Adam and projected to [1, K]; multipliers rise between rounds.
+For each load, minimise cost(k) over k in [1, K] subject to excess_j(k) <= 0 and no overload, with gradients through the
+equilibrium, from several starts side by side: :mod:`diffspec.optimizing.constrained`.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 
 from diffspec.analysis.answers import METRICS
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
-from diffspec.optimizing.limits import Limit, cost
+from diffspec.optimizing.constrained import minimise_within
+from diffspec.optimizing.limits import Limit, beyond, cost
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
 
-ROUNDS, STEPS, WEIGHT = 4, 40, 10.0
+STARTS = (0.0, 0.25, 1.0)
+"""Where each load's search starts, as shares of the range from 1 to the longest draft."""
 
 
 def at_draft_length(config: Configuration, draft_length) -> Configuration:
@@ -30,7 +28,6 @@ def at_draft_length(config: Configuration, draft_length) -> Configuration:
     return eqx.tree_at(lambda c: c.draft_length, config, draft_length)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=FAST_COMPILE)
 def relaxed_draft_lengths(
     objective: str,
     limits: tuple[Limit, ...],
@@ -38,41 +35,26 @@ def relaxed_draft_lengths(
     serving: ServingModel,
     workloads: Workload,
     config: Configuration,
-    starts,
-):
-    """Best real draft length in [1, longest] per load, the best of all ``starts``. ``workloads`` has a leading axis."""
+) -> np.ndarray:
+    """Best real draft length in [1, longest] of each load, the best of all starts. ``workloads`` has a leading axis."""
+    loads, starts = jax.tree.leaves(workloads)[0].shape[0], len(STARTS)
+    lanes = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), starts, axis=0), workloads)
+    shared = (serving, config, np.asarray([limit.bound for limit in limits]), float(longest))
+    function = _relaxed(objective, tuple(limit.of_one for limit in limits))
+    found = minimise_within(function, np.tile(np.asarray(STARTS)[:, None], (loads, 1)), lanes, shared)
+    best = [found.best(slice(first, first + starts)) for first in range(0, loads * starts, starts)]
+    return 1.0 + (longest - 1.0) * found.x[best, 0]
 
-    def constraints(prediction):
+
+@lru_cache
+def _relaxed(objective: str, limits: tuple[Limit, ...]) -> Callable:
+    """(cost, excesses and overload) of a relaxed draft length; the same function for the same question, so that its
+    program is compiled once. Bounds are data: ``limits`` have 1."""
+
+    def function(x, workload, shared):
+        serving, config, bounds, longest = shared
+        prediction = serving.predict(workload, at_draft_length(config, 1.0 + (longest - 1.0) * x[0]))
         broken = [limit.excess(getattr(prediction, METRICS[limit.metric])) for limit in limits]
-        return jnp.stack([*broken, prediction.overload])
+        return cost(prediction, objective), jnp.stack([*beyond(broken, limits, bounds), prediction.overload])
 
-    def lagrangian(length, multipliers, workload):
-        prediction = serving.predict(workload, at_draft_length(config, length))
-        excess, value = constraints(prediction), cost(prediction, objective)
-        penalty = (jnp.maximum(multipliers + WEIGHT * excess, 0.0) ** 2 - multipliers**2) / (2.0 * WEIGHT)
-        return value + jnp.sum(penalty), (excess, value + 1e3 * jnp.sum(jnp.maximum(excess, 0.0)))
-
-    optimiser = optax.adam(optax.cosine_decay_schedule(0.35, ROUNDS * STEPS, 0.02))
-
-    def solve(start, workload):
-        def step(index, carry):
-            length, state, multipliers, _ = carry
-            (_, (excess, merit)), slope = jax.value_and_grad(lagrangian, has_aux=True)(length, multipliers, workload)
-            with jax.numpy_dtype_promotion("standard"):
-                update, state = optimiser.update(slope, state)
-            moved = jnp.clip(length + update, 1.0, float(longest))
-            last_of_round = (index + 1) % STEPS == 0
-            raised = jnp.maximum(multipliers + WEIGHT * excess, 0.0)
-            still = index == ROUNDS * STEPS  # one more evaluation for the merit, rather than one more program
-            return jnp.where(still, length, moved), state, jnp.where(last_of_round, raised, multipliers), merit
-
-        zeros = jnp.zeros(len(limits) + 1, dtype=start.dtype)
-        carry = (start, optimiser.init(start), zeros, jnp.zeros_like(start))
-        length, _, _, merit = jax.lax.fori_loop(0, ROUNDS * STEPS + 1, step, carry)
-        return length, merit
-
-    def best_start(workload):
-        lengths, merits = jax.vmap(solve, in_axes=(0, None))(starts, workload)
-        return lengths[jnp.argmin(merits)]
-
-    return jax.vmap(best_start)(workloads)
+    return function

@@ -96,7 +96,8 @@ def _arrays(data: bytes, file: str) -> dict[str, np.ndarray]:
         opened = np.load(io.BytesIO(data), allow_pickle=False)
         if not isinstance(opened, np.lib.npyio.NpzFile):
             raise ValueError("a single array, not an archive of named ones")
-        return {name: opened[name] for name in opened.files}
+        with opened:
+            return {name: opened[name] for name in opened.files}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
         raise InputError(f"{file}: not an .npz file of plain arrays ({error}); write it with numpy.savez") from None
 

@@ -117,7 +117,7 @@ class Recorder:
         return float(value), np.asarray(slope)
 
 
-def without_limits(x, _):
+def without_limits(x, *_):
     return objective(x), jnp.zeros(1)
 
 
