@@ -285,6 +285,33 @@ def test_relaxation_finds_the_continuous_optimum(deployment, metrics_of):
         assert at_relaxed <= min(values) * (1 + 1e-4)
 
 
+def test_risk_chooses_by_a_quantile_over_draws(deployment):
+    """Every draft length in every draw, one by one: the 58th best of 64 draws is the cost at a risk of 0.9."""
+    asked = {"max_draft_length": 3, "acceptance": ConstantAcceptance(0.55), "slo": ["ttft_mean<0.4"]}
+    answer = optimize(deployment, loads=[2.0, 5.0], **LENGTHS, risk=0.9, **asked)
+    models = deployment.uncertainty.models(deployment.serving)
+
+    @jax.jit
+    def drawn(load, length):
+        config = deployment.configuration(length, acceptance=asked["acceptance"])
+        found = jax.vmap(lambda model: model.predict(Workload(**LENGTHS, arrival_rate=load), config))(models)
+        kept = (found.ttft < 0.4) & (found.overload == 0.0)
+        return jnp.where(kept, found.e2e_latency, jnp.inf)
+
+    assert answer["risk"] == 0.9 and answer["optimality_gap"] is None
+    for entry in answer["table"]:
+        costs = [float(np.sort(np.asarray(drawn(entry["load"], float(k))))[57]) for k in range(4)]
+        assert entry["draft_length"] == int(np.argmin(costs))
+        assert entry["risk_objective"] == pytest.approx(min(costs), rel=1e-6)
+    sure = optimize(deployment, loads=[2.0], **LENGTHS, risk=0.9, max_draft_length=3, slo=["ttft_mean<0.05"])
+    told = sure["infeasible"]["risk"]
+    assert sure["outcome"] == "infeasible" and told["bound"] == 0.9 > told["value"]
+    with pytest.raises(InputError, match=r"risk: got 1\.5"):
+        optimize(deployment, loads=[2.0], **LENGTHS, risk=1.5)
+    with pytest.raises(InputError, match="fit the trace again"):
+        optimize(replace(deployment, uncertainty=None), loads=[2.0], **LENGTHS, risk=0.9)
+
+
 def test_infeasible_and_saturated_name_the_limit(deployment):
     answer = optimize(deployment, loads=[1.0], **LENGTHS, slo=["e2e_mean<0.01"], max_draft_length=3)
     assert answer["outcome"] == "infeasible" and answer["infeasible"]["e2e_mean<0.01"]["value"] > 0.01

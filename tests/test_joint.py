@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from helpers import SERVER_STEP
 from scipy.optimize import minimize
 
-from diffspec.acceptance import ConstantAcceptance
+from diffspec.acceptance import ConstantAcceptance, MeasuredAcceptance
 from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.cli import main
 from diffspec.configuration import Configuration
@@ -27,7 +28,9 @@ from diffspec.optimizing.catalogue import (
 )
 from diffspec.optimizing.constrained import minimise_within
 from diffspec.optimizing.joint import optimize_jointly
-from diffspec.optimizing.joint_problem import cost_of, parse_objective, shapes_of
+from diffspec.optimizing.joint_answer import caveats
+from diffspec.optimizing.joint_problem import Drafted, cost_of, parse_objective, shapes_of
+from diffspec.optimizing.joint_search import Arm
 from diffspec.optimizing.limits import parse_limit
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
@@ -181,6 +184,23 @@ def test_the_best_size_lies_between_the_catalogues(decide):
     size = found["table"][0]["drafter_size"]
     assert 0.25e9 < size["drafter_params"] < 4e9 and 0.45 < size["acceptance_rate"] < 0.87
     assert size["objective"] < found["table"][0]["objective"] * 1.01
+
+
+def test_what_was_measured_otherwise_is_told(deployment):
+    """A blended curve, another batch cap, no row without drafts: one sentence each."""
+    curves = MeasuredAcceptance((1, 3), jnp.tile(jnp.asarray([[0.5], [0.9]]), (1, 32)))
+    measured = deployment.measured | {"draft_lengths": [1, 3]}
+    other = replace(deployment, acceptance=curves, measured=measured, defaults={"max_batch_size": 8.0})
+    drafted = Drafted(other.serving, (curves,), None, 1.0, 1.0, None, None)
+    told = caveats(deployment, [Arm("eagle", other, 1.0, drafted, False)], (CHAT,), [2.0], 3, (8.0, 2048.0))
+    for sentence in ("is blended", "batch cap of 8.0", "it always drafts", "caps above 1024"):
+        assert sum(sentence in note for note in told) == 1, sentence
+    assert (
+        caveats(
+            deployment, [Arm("own", deployment, 1.0, drafted._replace(acceptances=()), True)], (CHAT,), [2.0], 3, (8.0,)
+        )
+        == []
+    )
 
 
 def test_the_solver_agrees_with_slsqp():

@@ -22,7 +22,7 @@ from diffspec.first_principles import FirstPrinciples, draws
 from diffspec.fitting.uncertainty import Uncertainty
 from diffspec.hardware import accelerator
 from diffspec.optimizing.batch_tables import batch_tables
-from diffspec.optimizing.breakeven import break_even
+from diffspec.optimizing.least_acceptance import break_even
 from diffspec.optimizing.limits import parse_limit
 from diffspec.optimizing.load_policy import policy, policy_unmeasured
 from diffspec.optimizing.policy_answer import advice

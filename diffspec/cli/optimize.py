@@ -36,6 +36,10 @@ def command(
     ] = None,
     objective: Objective = "e2e_mean",
     capture_sizes: CaptureSizes = None,
+    risk: Annotated[
+        float | None,
+        typer.Option("--risk", metavar="Q", help="Choose by what this share of the draws does not exceed, say 0.9."),
+    ] = None,
     plot: PlotPath = None,
     as_json: AsJson = False,
     out: Out = None,
@@ -62,7 +66,7 @@ def command(
         from diffspec.report import joint_tables
 
         apart = {"--experts": placing.experts, "--capture-sizes": capture_sizes, "--plot": plot}
-        joint.refuse(apart | {"--drafter-params": asked.drafter_params})
+        joint.refuse(apart | {"--drafter-params": asked.drafter_params, "--risk": risk})
         question = {"max_draft_length": max_draft_length, "slo": slo or [], "objective": objective}
         with progress_bar("optimize") as progress:
             answer, notes = joint.decide(deployment, asked, progress, **question)
@@ -102,9 +106,8 @@ def command(
             deployment, unmeasured, **question, progress=half(progress, 0.0, share)
         )
         choose = partial(optimize, deployment) if unmeasured is None else partial(optimize_unmeasured, unmeasured)
-        answer = choose(
-            **question, capture_sizes=parse_capture_sizes(capture_sizes), progress=half(progress, share, 1.0)
-        )
+        sizes, progress = parse_capture_sizes(capture_sizes), half(progress, share, 1.0)
+        answer = choose(**question, risk=risk, capture_sizes=sizes, progress=progress)
     if placed is not None:
         answer |= {"experts": placed, "warnings": answer["warnings"] + placed["warnings"]}
         if placed["outcome"] == "does_not_fit":

@@ -6,8 +6,8 @@ parameters (misfit) is in the interval of the speedup only: as far as all draft 
 and how far they do is not known.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,12 +28,41 @@ def best_static(metrics, saturated, limits: Sequence[Limit], objective: str) -> 
     return int(among[np.argmin(cost[rows][:, among].mean(axis=0))])
 
 
+class Drawn(NamedTuple):
+    """Every draft length at every load in every draw, [draws, loads, draft lengths]: log ``cost``, ``feasible``,
+    ``e2e`` [s] (infinite where saturated), ``ttft`` [s]; and the best one draft length of each draw (None: none)."""
+
+    cost: np.ndarray
+    feasible: np.ndarray
+    e2e: np.ndarray
+    ttft: np.ndarray
+    static: list[int | None]
+
+    def at_risk(self, risk: float) -> tuple[np.ndarray, np.ndarray]:
+        """(log cost that the share ``risk`` of draws does not exceed, infinite where fewer keep the limits; share of
+        draws that keep them), [loads, draft lengths]."""
+        kept = np.where(self.feasible, self.cost, np.inf)
+        return np.quantile(kept, risk, axis=0, method="inverted_cdf"), self.feasible.mean(axis=0)
+
+
+def drawn_costs(drawn: Iterable[Any], limits: Sequence[Limit], objective: str, *, plain_known: bool) -> Drawn:
+    """:class:`Drawn` from the metrics and saturation of each draw."""
+    parts = []
+    for metrics, saturated in drawn:
+        saturated = np.asarray(saturated)
+        unknown = (np.arange(saturated.shape[-1]) == 0) & (not plain_known)
+        metrics, saturated = {name: np.asarray(values) for name, values in metrics.items()}, saturated | unknown
+        cost, _, feasible = costs(metrics, saturated, limits, objective)
+        e2e = np.where(saturated, np.inf, metrics["e2e_mean"])
+        parts.append((cost, feasible, e2e, metrics["ttft_mean"], best_static(metrics, saturated, limits, objective)))
+    cost, feasible, e2e, ttft, static = zip(*parts, strict=True)
+    return Drawn(np.stack(cost), np.stack(feasible), np.stack(e2e), np.stack(ttft), list(static))
+
+
 def choice_intervals(
     loads: Sequence[float],
     chosen: Sequence[int | None],
-    drawn: Sequence[Any],
-    limits: Sequence[Limit],
-    objective: str,
+    drawn: Drawn,
     *,
     is_open: bool,
     plain_known: bool,
@@ -41,8 +70,7 @@ def choice_intervals(
 ) -> dict[str, Any]:
     """How the choice at each load varies over draws.
 
-    ``drawn``: per draw the metrics and saturation of every draft length at every load; ``chosen``: the draft length
-    decided on at each load. Each of ``loads`` has
+    ``chosen``: the draft length decided on at each load. Each of ``loads`` has
 
     * ``draft_length``: low, median and high of the best one, over the ``feasible_share`` of draws that have any
     * ``probability_best``: draft length -> share of all draws in which it is the best; they sum to ``feasible_share``
@@ -52,15 +80,7 @@ def choice_intervals(
 
     ``static_draft_length`` has the ``probability_best`` of one draft length for all loads.
     """
-    parts = []
-    for metrics, saturated in drawn:
-        saturated = np.asarray(saturated)
-        unknown = (np.arange(saturated.shape[-1]) == 0) & (not plain_known)
-        metrics, saturated = {name: np.asarray(values) for name, values in metrics.items()}, saturated | unknown
-        cost, _, feasible = costs(metrics, saturated, limits, objective)
-        e2e = np.where(saturated, np.inf, metrics["e2e_mean"])
-        parts.append((cost, feasible, e2e, metrics["ttft_mean"], best_static(metrics, saturated, limits, objective)))
-    cost, feasible, e2e, ttft = (np.stack(part) for part in list(zip(*parts, strict=True))[:4])
+    cost, feasible, e2e, ttft = drawn[:4]
     lengths = range(cost.shape[-1])
     least = np.where(feasible, cost, np.inf)
     best = np.where(feasible.any(axis=-1), np.argmin(least, axis=-1), -1)  # [draws, loads]
@@ -81,9 +101,9 @@ def choice_intervals(
             if plain_known:
                 entry["speedup"] = _speedup(e2e[:, i], ttft[:, i, k], k, is_open, known)
         entries.append(entry)
-    static = np.asarray([-1 if part[4] is None else part[4] for part in parts])
+    static = np.asarray([-1 if length is None else length for length in drawn.static])
     shares = {str(length): float((static == length).mean()) for length in lengths}
-    told = {"level": LEVEL, "draws": len(parts), "loads": entries}
+    told = {"level": LEVEL, "draws": len(cost), "loads": entries}
     return told | {"static_draft_length": {"probability_best": shares}}
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from diffspec.acceptance import MeasuredAcceptance
 from diffspec.analysis.plain import finite
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.optimizing.catalogue import RequestClass
@@ -136,7 +137,7 @@ def caveats(own: FittedDeployment, arms, classes, loads, longest, caps) -> list[
         if cap != known:
             notes.append(f"drafter {arm.name}: measured with a batch cap of {cap}, asked at those of this decision")
         mixed = arm.deployment.mixed_acceptance
-        if mixed and any(acceptance is arm.deployment.acceptance for acceptance in arm.drafted.acceptances):
+        if mixed and any(isinstance(own_curve, MeasuredAcceptance) for own_curve in arm.drafted.acceptances):
             notes.append(f"drafter {arm.name}: {mixed}")
         if own.plain_measured and not arm.zero:
             notes.append(f"drafter {arm.name}: no k = 0 row was fitted: it always drafts")

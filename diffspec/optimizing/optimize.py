@@ -20,12 +20,12 @@ from diffspec.configuration import Configuration, batch_cap
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.uncertainty import DRAWS
 from diffspec.optimizing.batch_tables import schedule_length
-from diffspec.optimizing.choice import best_static, choice_intervals
+from diffspec.optimizing.choice import best_static, choice_intervals, drawn_costs
 from diffspec.optimizing.flags import vllm_flags
 from diffspec.optimizing.limits import check_question, costs, parse_limit
 from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
 from diffspec.optimizing.schedule import batch_schedule, latency_under_schedule
-from diffspec.results import RESULTS
+from diffspec.results import RESULTS, InputError
 from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.staircase import StaircaseStepTime
 from diffspec.workload import Workload, batched, check_range
@@ -75,6 +75,7 @@ def optimize(
     capture_sizes: Sequence[int] | None = None,
     drafter_params: float | None = None,
     draws: ServingModel | None = None,
+    risk: float | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[str, Any]:
     """Best draft length at each load: relaxed over [1, K] with implicit gradients, rounded, checked exhaustively.
@@ -85,6 +86,8 @@ def optimize(
       checked and reported on that staircase (:class:`diffspec.staircase.StaircaseStepTime`)
     * k = 0 (no speculation) is a branch of its own, always compared, feasible or not like any other
     * ``draws``: serving models with a leading axis, drawn from what is not known; by default what the fit leaves open
+    * ``risk`` [1]: choose by the cost that this share of the draws does not exceed, 0.9 say, where a draw that breaks a
+      limit or saturates exceeds any; None: by the model as it is. Relaxation and schedule are of the model as it is
 
     Returns plain data: ``outcome`` (``successful`` when some load has a feasible draft length, else ``infeasible`` or
     ``saturated``), ``policy`` (ranges of loads with one draft length; metrics and headroom are those at load_to, the
@@ -93,7 +96,8 @@ def optimize(
     loads), ``static_draft_length``, ``infeasible`` (which limit fails by how much where nothing is feasible),
     ``intervals`` (:func:`diffspec.optimizing.choice.choice_intervals`; None with ``intervals_reason`` for a model
     without draws), and ``inside_measured`` and ``outside_measured`` (:mod:`diffspec.fitting.hull`) of each entry and,
-    together, of all that have a draft length. Entries have ``chosen_probability``: that their draft length is the best.
+    together, of all that have a draft length. Entries have ``chosen_probability``: that their draft length is the best,
+    and ``risk_objective``: the objective that the share ``risk`` of draws does not exceed (throughput: does not miss).
 
     Errors: :class:`InputError` for unknown metrics, loads that do not increase, or ranges.
     """
@@ -102,6 +106,7 @@ def optimize(
     check_range("prompt_length", float(prompt_length), 0, 1e8, low_open=True, unit="tok")
     check_range("output_length", float(output_length), 1, 1e8, low_open=False, unit="tok")
     check_range("output_scv", float(output_scv), 0, 100, low_open=False, unit="(squared coefficient of variation)")
+    check_range("risk", risk, 0, 1, low_open=True, unit="(share of the draws)")
     check_range("prefix_hit_rate", float(prefix_hit_rate), 0, 1, low_open=False, unit="(share of the prompt)")
     report = progress or (lambda what, share: None)
     config = deployment.configuration(
@@ -131,7 +136,19 @@ def optimize(
         saturated = saturated | (np.arange(max_draft_length + 1) == 0)
     report("relaxed draft length", 0.4)
     relaxed = relaxed_draft_lengths(objective, limits, max_draft_length, smooth, workloads, config)
-    report("schedule over the batch", 0.8)
+    report("how sure that is", 0.6)
+    known = deployment.uncertainty if draws is None else None
+    if known is not None:
+        draws = known.models(deployment.serving, DRAWS)
+    drawn = None
+    if draws is not None:
+        trimmed = (enough_states(model, workloads, config) for model in each(draws))
+        models = (on_captured_sizes(model, capture_sizes) for model in trimmed)
+        found = (_exhaustive(max_draft_length, model, workloads, config) for model in models)
+        drawn = drawn_costs(found, limits, objective, plain_known=plain_known)
+    elif risk is not None:
+        raise InputError(f"risk: got {risk:g}, but {NO_INTERVALS}")
+    risky = None if risk is None or drawn is None else drawn.at_risk(risk)
     table = [
         _choose(
             float(load),
@@ -140,6 +157,7 @@ def optimize(
             limits,
             objective,
             relaxed[i],
+            None if risky is None else (risk, risky[0][i], risky[1][i]),
         )
         for i, load in enumerate(loads)
     ]
@@ -149,23 +167,14 @@ def optimize(
         entry |= deployment.hull(
             entry["nearest_draft_length"] if length is None else length, {loop: entry["load"]} | fields
         )
-    report("how sure that is", 0.6)
-    known = deployment.uncertainty if draws is None else None
-    if known is not None:
-        draws = known.models(deployment.serving, DRAWS)
     varied = None
-    if draws is not None:
-        trimmed = (enough_states(model, workloads, config) for model in each(draws))
-        models = (on_captured_sizes(model, capture_sizes) for model in trimmed)
-        drawn = [_exhaustive(max_draft_length, model, workloads, config) for model in models]
-        chosen = [entry["draft_length"] for entry in table]
-        is_open = loop == "arrival_rate"
-        varied = choice_intervals(
-            loads, chosen, drawn, limits, objective, is_open=is_open, plain_known=plain_known, known=known
-        )
+    if drawn is not None:
+        chosen, is_open = [entry["draft_length"] for entry in table], loop == "arrival_rate"
+        varied = choice_intervals(loads, chosen, drawn, is_open=is_open, plain_known=plain_known, known=known)
     for i, entry in enumerate(table):
         shares = {} if varied is None else varied["loads"][i]["probability_best"]
         entry["chosen_probability"] = shares.get(str(entry["draft_length"]))
+    report("schedule over the batch", 0.8)
     one = jax.tree.map(lambda leaf: leaf[0], workloads)
     batches = schedule_length(config, one)
     schedule = batch_schedule(serving, one, config, max_draft_length, batches)
@@ -180,6 +189,7 @@ def optimize(
         "objective": objective,
         "limits": [limit.text for limit in limits],
         "loop": loop,
+        "risk": risk,
         "deployment": deployment.name,
         "policy": _merge(table),
         "table": table,
@@ -214,14 +224,17 @@ def on_captured_sizes(serving: ServingModel, capture_sizes: Sequence[int] | None
     return replace(serving, step_time=StaircaseStepTime(inner=serving.step_time, capture_sizes=tuple(capture_sizes)))
 
 
-def _choose(load, metrics, saturated, limits, objective, relaxed) -> dict[str, Any]:
-    """The decision at one load, from the exact values at whole draft lengths 0..K."""
+def _choose(load, metrics, saturated, limits, objective, relaxed, risky) -> dict[str, Any]:
+    """The decision at one load, from the exact values at whole draft lengths 0..K; ``risky``: (risk, cost at that risk,
+    share of draws that keep the limits)."""
     cost, worst, feasible = costs(metrics, saturated, limits, objective)
+    if risky is not None:
+        cost, feasible = risky[1], np.isfinite(risky[1])
     entry: dict[str, Any] = {"load": load, "feasible": bool(feasible.any()), "relaxed_draft_length": float(relaxed)}
     if not feasible.any():
         penalty = np.where(saturated, 1e6 + np.maximum(metrics["utilization"] - 1.0, 0.0), worst)
-        nearest = int(np.argmin(penalty))
-        broken = {
+        nearest = int(np.argmin(penalty)) if risky is None else int(np.argmax(risky[2]))
+        broken: dict[str, Any] = {
             limit.text: {"value": finite(metrics[limit.metric][nearest]), "bound": limit.bound}
             for limit in limits
             if saturated[nearest] or float(limit.excess(metrics[limit.metric][nearest])) > 0
@@ -234,8 +247,11 @@ def _choose(load, metrics, saturated, limits, objective, relaxed) -> dict[str, A
                     "shortfall": finite(load - metrics["capacity"][nearest]),
                 }
             }
+        if risky is not None:  # the share of draws that keep the limits, and what was asked for
+            broken["risk"] = {"value": float(risky[2][nearest]), "bound": risky[0]}
         return entry | {
             "draft_length": None,
+            "risk_objective": None,
             "nearest_draft_length": nearest,
             "metrics": {name: finite(value[nearest]) for name, value in metrics.items()}
             if not saturated[nearest]
@@ -249,12 +265,15 @@ def _choose(load, metrics, saturated, limits, objective, relaxed) -> dict[str, A
     best = int(np.argmin(exact))
     near = {math.floor(relaxed), math.ceil(relaxed), 0}
     rounded = min(near, key=lambda k: exact[k])
-    gap = None if not np.isfinite(exact[rounded]) else float(np.expm1(exact[rounded] - exact[best]))
+    judged = np.isfinite(exact[rounded]) and risky is None  # the relaxation knows no draws
+    gap = float(np.expm1(exact[rounded] - exact[best])) if judged else None
+    sign = -1.0 if objective == "throughput" else 1.0
     plain_known = not saturated[0]
     headroom = float(-np.expm1(worst[best])) if limits else float(1.0 - metrics["utilization"][best])
     return entry | {
         "draft_length": best,
         "rounded_draft_length": rounded,
+        "risk_objective": None if risky is None else float(np.exp(sign * exact[best])),
         "metrics": {name: finite(value[best]) for name, value in metrics.items()},
         "speedup": float(metrics["e2e_mean"][0] / metrics["e2e_mean"][best]) if plain_known else None,
         "headroom": headroom,

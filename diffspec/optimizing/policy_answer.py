@@ -10,7 +10,7 @@ from diffspec.analysis.intervals import spread
 from diffspec.analysis.plain import finite
 from diffspec.configuration import Configuration
 from diffspec.optimizing.batch_tables import BatchTables
-from diffspec.optimizing.breakeven import break_even
+from diffspec.optimizing.least_acceptance import break_even
 from diffspec.optimizing.limits import Limit
 from diffspec.optimizing.robust_choice import Judged, Risk, over_loads
 from diffspec.optimizing.schedule import ranges_of
