@@ -25,7 +25,7 @@ from diffspec.parameters import Scalar
 from diffspec.waiting import RequestsInSystem, prompt_wait, queue_scv, requests_in_system, waiting_factor
 
 PERCENTILES = (50, 90, 95, 99)
-_ROUNDS = 60
+_ROUNDS = 45
 _SMALL = 1e-12
 _GAP_SPREAD = 0.02
 """Relative spread given to the gaps, whose percentiles would jump otherwise."""

@@ -11,12 +11,14 @@ from diffspec.cli.joint import JointOptions
 from diffspec.cli.options import (
     AsJson,
     CaptureSizes,
+    CostPerHour,
     MaxDraftLength,
     Objective,
     Out,
     PlotPath,
     WorkloadOptions,
     parse_capture_sizes,
+    read_prices,
     with_options,
 )
 from diffspec.cli.output import deliver, note, progress_bar
@@ -40,6 +42,7 @@ def command(
         float | None,
         typer.Option("--risk", metavar="Q", help="Choose by what this share of the draws does not exceed, say 0.9."),
     ] = None,
+    cost_per_hour: CostPerHour = None,
     plot: PlotPath = None,
     as_json: AsJson = False,
     out: Out = None,
@@ -49,6 +52,10 @@ def command(
     Loads are one number, a list 1,2,4 or an inclusive range first:last:step.
 
     Example: diffspec optimize model.json --arrival-rate 0.5:6:0.5 --max-draft-length 8 --slo "ttft_mean<0.5"
+
+    Objectives and limits: ttft_mean, tpot_p95 and their like, throughput, utilization, energy and cost (of a million
+    output tokens; cost with --cost-per-hour), and goodput: the requests per second that keep limits on single ones,
+    such as --slo "ttft<0.5" --slo "tpot<0.03" --objective goodput.
 
     Before any trace, or on other hardware: --verifier and --hardware as predict takes them. With --classes, --drafters
     or --batch-caps the drafter, the draft length of each class and the batch cap are decided together at each load.
@@ -66,7 +73,8 @@ def command(
         from diffspec.report import joint_tables
 
         apart = {"--experts": placing.experts, "--capture-sizes": capture_sizes, "--plot": plot}
-        joint.refuse(apart | {"--drafter-params": asked.drafter_params, "--risk": risk})
+        apart |= {"--drafter-params": asked.drafter_params, "--risk": risk, "--cost-per-hour": cost_per_hour}
+        joint.refuse(apart)
         question = {"max_draft_length": max_draft_length, "slo": slo or [], "objective": objective}
         with progress_bar("optimize") as progress:
             answer, notes = joint.decide(deployment, asked, progress, **question)
@@ -100,6 +108,7 @@ def command(
         "drafter_params": asked.drafter_params,
         **asked.details(),
     }
+    prices, listed = read_prices(cost_per_hour)
     with progress_bar("optimize") as progress:
         share = 0.0 if placing.experts is None else 0.8
         deployment, unmeasured, placed = placing.place(
@@ -107,7 +116,7 @@ def command(
         )
         choose = partial(optimize, deployment) if unmeasured is None else partial(optimize_unmeasured, unmeasured)
         sizes, progress = parse_capture_sizes(capture_sizes), half(progress, share, 1.0)
-        answer = choose(**question, risk=risk, capture_sizes=sizes, progress=progress)
+        answer = choose(**question, risk=risk, capture_sizes=sizes, cost_per_hour=prices, progress=progress)
     if placed is not None:
         answer |= {"experts": placed, "warnings": answer["warnings"] + placed["warnings"]}
         if placed["outcome"] == "does_not_fit":
@@ -125,6 +134,6 @@ def command(
         if "experts" in told:
             yield from expert_tables.placement(told["experts"])
 
-    deliver(answer, show, as_json=as_json, out=out, files=files, inputs=subject.inputs + placing.inputs)
+    deliver(answer, show, as_json=as_json, out=out, files=files, inputs=subject.inputs + placing.inputs + listed)
     if answer["outcome"] != "successful":
         raise typer.Exit(1)

@@ -52,6 +52,14 @@ DraftLength = Annotated[
 ]
 MaxDraftLength = Annotated[int, typer.Option("--max-draft-length", metavar="K", help="Longest draft to consider.")]
 Objective = Annotated[str, typer.Option("--objective", metavar="METRIC", help="What to make small.")]
+CostPerHour = Annotated[
+    str | None,
+    typer.Option(
+        "--cost-per-hour",
+        metavar="X|FILE.YAML",
+        help="Price of a device, or a catalogue: {h100: {cost_per_hour: 2.5}, ...}.",
+    ),
+]
 CaptureSizes = Annotated[
     str | None,
     typer.Option(
@@ -336,3 +344,28 @@ def parse_capture_sizes(text: str | None) -> tuple[int, ...] | None:
         raise InputError(
             f"--capture-sizes: got {text!r}; allowed: whole numbers joined by commas, such as 1,2,4,8, or vllm"
         ) from None
+
+
+def read_prices(text: str | None) -> tuple[Any, tuple[Path, ...]]:
+    """(price or catalogue, files read) of ``--cost-per-hour``: a number, or a YAML file."""
+    from diffspec.results import InputError
+
+    if text is None:
+        return None, ()
+    try:
+        return float(text), ()
+    except ValueError:
+        pass
+    import yaml
+
+    path = Path(text)
+    try:
+        listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--cost-per-hour: got {text!r}; allowed: a number, or a YAML file ({reason})") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(listed, dict):
+        raise InputError(f"{path}: got no mapping; allowed: catalogue: {{h100: {{cost_per_hour: 2.5}}}}")
+    return listed, (path,)

@@ -1,12 +1,21 @@
 """`diffspec size`: how many replicas, of what, at what cost."""
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffspec.cli.options import AsJson, MaxDraftLength, Out, PlotPath, WorkloadOptions, parse_loads, with_options
+from diffspec.cli.options import (
+    AsJson,
+    CostPerHour,
+    MaxDraftLength,
+    Out,
+    PlotPath,
+    WorkloadOptions,
+    parse_loads,
+    read_prices,
+    with_options,
+)
 from diffspec.cli.output import deliver, note, progress_bar
 from diffspec.cli.prepare import prepare_jax
 from diffspec.cli.subject import SubjectOptions
@@ -48,15 +57,7 @@ def command(
         float | None,
         typer.Option("--risk", metavar="Q", help="Size for the rate that this share of the draws sustains, say 0.9."),
     ] = None,
-    cost_per_hour: Annotated[
-        str | None,
-        typer.Option(
-            "--cost-per-hour",
-            metavar="X|FILE.YAML",
-            rich_help_panel=_COST,
-            help="Price of a device, or a catalogue: {h100: {cost_per_hour: 2.5}, ...}.",
-        ),
-    ] = None,
+    cost_per_hour: CostPerHour = None,
     minimise: Annotated[
         str | None,
         typer.Option(
@@ -167,28 +168,3 @@ def _subjects(
     if not found:
         raise InputError("--tensor-parallel: got a number of devices that does not divide the verifier's heads")
     return found
-
-
-def read_prices(text: str | None) -> tuple[Any, tuple[Path, ...]]:
-    """(price or catalogue, files read) of ``--cost-per-hour``: a number, or a YAML file."""
-    from diffspec.results import InputError
-
-    if text is None:
-        return None, ()
-    try:
-        return float(text), ()
-    except ValueError:
-        pass
-    import yaml
-
-    path = Path(text)
-    try:
-        listed = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"--cost-per-hour: got {text!r}; allowed: a number, or a YAML file ({reason})") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(listed, dict):
-        raise InputError(f"{path}: got no mapping; allowed: catalogue: {{h100: {{cost_per_hour: 2.5}}}}")
-    return listed, (path,)

@@ -15,12 +15,13 @@ import numpy as np
 import optax
 from scipy.optimize import linear_sum_assignment
 
+from diffspec.analysis.answers import METRICS
 from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
 from diffspec.experts import CoverageTable, ExpertRouting
 from diffspec.optimizing.expert_placement import ExpertPlacement
 from diffspec.optimizing.limits import Limit, cost
-from diffspec.optimizing.relaxation import METRICS, at_draft_length
+from diffspec.optimizing.relaxation import at_draft_length
 from diffspec.serving import ServingModel
 from diffspec.staircase import StaircaseStepTime
 from diffspec.workload import Workload

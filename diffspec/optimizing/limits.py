@@ -19,6 +19,9 @@ LOOPS = ("arrival_rate", "concurrency")
 LIMITED = ("ttft_mean", "itl_mean", "tpot_mean", "e2e_mean", "throughput", "utilization")
 PERCENTILE_LIMITED = tuple(f"{name}_p{percent}" for name in ("ttft", "tpot", "itl", "e2e") for percent in PERCENTILES)
 """Limits on percentiles, which only open loops have; allowed where a verb says so."""
+MAXIMISED = ("throughput", "goodput")
+EQUAL = 1e-3
+"""Goodputs that agree to this, relatively, are equally good."""
 OBJECTIVES = ("e2e_mean", "ttft_mean", "tpot_mean", "itl_mean", "throughput")
 _PATTERN = re.compile(r"^\s*([A-Za-z0-9_]+)\s*(<=|>=|<|>)\s*([0-9.eE+-]+)\s*$")
 
@@ -79,8 +82,8 @@ def parse_limit(text: str, allowed: Sequence[str] = LIMITED) -> Limit:
         bound = math.nan
     if not (math.isfinite(bound) and bound > 0):
         raise InputError(f"limit {text!r}: got bound {number!r}; allowed: a number above 0")
-    if metric == "throughput" and comparison.startswith("<"):
-        raise InputError(f"limit {text!r}: a throughput is limited from below: throughput>NUMBER")
+    if metric in MAXIMISED and comparison.startswith("<"):
+        raise InputError(f"limit {text!r}: a throughput is limited from below: {metric}>NUMBER")
     return Limit(metric, 1 if comparison.startswith("<") else -1, bound)
 
 
@@ -93,12 +96,17 @@ def check_question(objective: str, loop: str, loads: Sequence[float], longest: i
     """Raise :class:`InputError` unless the objective is known and means something in this loop, loads are positive and
     increase, and the longest draft length is in range."""
     check_objective(objective)
+    check_throughput(objective, loop)
+    check_loads(loads, loop, longest)
+
+
+def check_throughput(objective: str, loop: str) -> None:
+    """Raise :class:`InputError` for throughput as the objective of an open loop."""
     if objective == "throughput" and loop == "arrival_rate":
         raise InputError(
             "objective: got 'throughput' in an open loop, where it equals arrival_rate whatever the draft length; "
             "allowed: a latency, or a closed loop (concurrency)"
         )
-    check_loads(loads, loop, longest)
 
 
 def check_loads(loads: Sequence[float], loop: str, longest: int) -> None:
@@ -125,15 +133,29 @@ def check_objective(objective: str) -> None:
 
 def cost(prediction, objective: str):
     """What is minimised: log of the metric, or minus log throughput."""
-    value = jnp.log(getattr(prediction, METRICS[objective]))
-    return -value if objective == "throughput" else value
+    return log_cost(getattr(prediction, METRICS[objective]), objective)
+
+
+def log_cost(value, objective: str):
+    """log of the objective's value; minus that of what is made large."""
+    return (-1.0 if objective in MAXIMISED else 1.0) * jnp.log(value)
+
+
+def _least_of_equals(cost, metrics):
+    """Where nearly every request keeps its limits, goodput is the load itself at many draft lengths: of those that
+    agree to :data:`EQUAL`, the one with the smallest e2e_mean."""
+    return np.round(cost / EQUAL) * EQUAL + 1e-3 * EQUAL * np.log(metrics["e2e_mean"])
 
 
 def costs(metrics, saturated, limits: Sequence[Limit], objective: str):
-    """(cost, worst log excess, feasible) of every draft length; saturated ones are never feasible."""
-    cost = np.log(metrics[objective]) * (-1.0 if objective == "throughput" else 1.0)
+    """(cost, worst log excess, feasible) of every draft length; saturated ones, and those whose objective is not known
+    (infinite), are never feasible."""
+    with np.errstate(divide="ignore"):
+        cost = np.log(metrics[objective]) * (-1.0 if objective in MAXIMISED else 1.0)
+    if objective == "goodput":
+        cost = _least_of_equals(cost, metrics)
     excess = np.stack(
         [np.asarray(limit.excess(metrics[limit.metric])) for limit in limits] or [np.full_like(cost, -1.0)]
     )
     worst = excess.max(axis=0)
-    return cost, worst, (worst <= 0) & ~saturated
+    return cost, worst, (worst <= 0) & ~saturated & np.isfinite(cost)

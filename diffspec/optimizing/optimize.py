@@ -2,9 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,20 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance
-from diffspec.analysis.answers import METRICS, QUEUEING
+from diffspec.analysis.answers import QUEUEING
 from diffspec.analysis.before_traces import DOES_NOT_FIT, Unmeasured
 from diffspec.analysis.intervals import NO_INTERVALS, each
-from diffspec.analysis.plain import FAST_COMPILE, enough_states, finite
+from diffspec.analysis.plain import enough_states, finite
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.uncertainty import DRAWS
 from diffspec.optimizing.batch_tables import schedule_length
 from diffspec.optimizing.choice import best_static, choice_intervals, drawn_costs
+from diffspec.optimizing.every_length import EveryLength
 from diffspec.optimizing.flags import vllm_flags
-from diffspec.optimizing.limits import check_question, costs, parse_limit
-from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
+from diffspec.optimizing.limits import MAXIMISED, costs
+from diffspec.optimizing.question import read_question
 from diffspec.optimizing.schedule import batch_schedule, latency_under_schedule
-from diffspec.results import RESULTS, InputError
+from diffspec.optimizing.servers import Server, prices, server_of
+from diffspec.results import InputError
 from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.staircase import StaircaseStepTime
 from diffspec.workload import Workload, batched, check_range
@@ -33,22 +34,10 @@ from diffspec.workload import Workload, batched, check_range
 OPTIMALITY_TOLERANCE = 1e-9
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
-def _exhaustive(longest: int, serving: ServingModel, workloads: Workload, config: Configuration):
-    lengths = jnp.arange(longest + 1, dtype=float)
-
-    def point(workload, length):
-        prediction = serving.predict(workload, at_draft_length(config, length))
-        values = {name: getattr(prediction, field) for name, field in METRICS.items()}
-        return values, prediction.result == RESULTS.saturated
-
-    return jax.vmap(lambda workload: jax.vmap(lambda length: point(workload, length))(lengths))(workloads)
-
-
 def optimize_unmeasured(subject: Unmeasured, **asked: Any) -> dict[str, Any]:
     """:func:`optimize` of what was not measured, with ``intervals`` of each load's draft length over the draws of what
     is not known, ``memory`` and ``assumptions``; outcome ``does_not_fit``, without a policy, where it does not fit."""
-    answer = optimize(subject.deployment, draws=subject.models(), **asked)
+    answer = optimize(subject.deployment, server=server_of(subject), draws=subject.models(), **asked)
     if not subject.plan.fits:
         empty = {name: [] for name in ("policy", "table", "schedule", "schedule_vs_static")}
         flags = dict.fromkeys(answer["flags"])
@@ -76,12 +65,20 @@ def optimize(
     drafter_params: float | None = None,
     draws: ServingModel | None = None,
     risk: float | None = None,
+    cost_per_hour: float | Mapping[str, Any] | None = None,
+    server: Server | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[str, Any]:
     """Best draft length at each load: relaxed over [1, K] with implicit gradients, rounded, checked exhaustively.
 
     * ``loads`` [req/s or req], increasing; ``loop``: ``arrival_rate`` (open) or ``concurrency`` (closed)
-    * ``slo``: limits such as ``"ttft_mean<0.5"`` (s); ``objective``: a mean latency, or throughput
+    * ``slo``: limits on means, ``"ttft_mean<0.5"`` (s), percentiles, ``"ttft_p95<0.5"`` (p50, p90, p95, p99 of ttft,
+      tpot, itl, e2e), ``throughput``, ``goodput``, ``utilization``, ``energy`` and ``cost``; ``"ttft<0.5"`` (of ttft,
+      tpot, e2e): one that each request keeps or not, which goodput counts
+    * ``objective``: one of those metrics; throughput and goodput [req/s] are made large, all others small. ``energy``
+      [J] and ``cost`` are per million output tokens, of one replica
+    * ``cost_per_hour``: of a device, one number or by hardware (:func:`diffspec.optimizing.servers.prices`);
+      ``server``: the replica of a deployment that was not measured
     * ``capture_sizes`` [tok]: batches that the engine pads to (CUDA graphs); the smooth relaxation is then rounded,
       checked and reported on that staircase (:class:`diffspec.staircase.StaircaseStepTime`)
     * k = 0 (no speculation) is a branch of its own, always compared, feasible or not like any other
@@ -99,10 +96,11 @@ def optimize(
     together, of all that have a draft length. Entries have ``chosen_probability``: that their draft length is the best,
     and ``risk_objective``: the objective that the share ``risk`` of draws does not exceed (throughput: does not miss).
 
-    Errors: :class:`InputError` for unknown metrics, loads that do not increase, or ranges.
+    Errors: :class:`InputError` for unknown metrics, loads that do not increase, ranges, and what means nothing here
+    (:func:`diffspec.optimizing.question.read_question`).
     """
-    check_question(objective, loop, loads, max_draft_length)
-    limits = tuple(parse_limit(text) for text in slo)
+    question = read_question(objective, slo, loop, loads, max_draft_length)
+    limits = question.limits
     check_range("prompt_length", float(prompt_length), 0, 1e8, low_open=True, unit="tok")
     check_range("output_length", float(output_length), 1, 1e8, low_open=False, unit="tok")
     check_range("output_scv", float(output_scv), 0, 100, low_open=False, unit="(squared coefficient of variation)")
@@ -129,13 +127,16 @@ def optimize(
     )
     smooth = enough_states(jax.tree.map(np.asarray, deployment.serving), workloads, config)
     serving = on_captured_sizes(smooth, capture_sizes)
+    server = server or server_of(deployment, max_batched_tokens)
+    price = prices([server], cost_per_hour)[0]
+    every = EveryLength(question, max_draft_length, workloads, config, server, price)
     report("every draft length", 0.1)
-    metrics, saturated = jax.tree.map(np.asarray, _exhaustive(max_draft_length, serving, workloads, config))
+    metrics, saturated = every.values(serving)
     plain_known = deployment.plain_measured
     if not plain_known:  # what a server without its drafter would do was not measured: no candidate
         saturated = saturated | (np.arange(max_draft_length + 1) == 0)
     report("relaxed draft length", 0.4)
-    relaxed = relaxed_draft_lengths(objective, limits, max_draft_length, smooth, workloads, config)
+    relaxed = every.relaxed(smooth, metrics)
     report("how sure that is", 0.6)
     known = deployment.uncertainty if draws is None else None
     if known is not None:
@@ -143,8 +144,7 @@ def optimize(
     drawn = None
     if draws is not None:
         trimmed = (enough_states(model, workloads, config) for model in each(draws))
-        models = (on_captured_sizes(model, capture_sizes) for model in trimmed)
-        found = (_exhaustive(max_draft_length, model, workloads, config) for model in models)
+        found = every.drawn([on_captured_sizes(model, capture_sizes) for model in trimmed])
         drawn = drawn_costs(found, limits, objective, plain_known=plain_known)
     elif risk is not None:
         raise InputError(f"risk: got {risk:g}, but {NO_INTERVALS}")
@@ -187,7 +187,7 @@ def optimize(
     return {
         "outcome": outcome,
         "objective": objective,
-        "limits": [limit.text for limit in limits],
+        "limits": [limit.text for limit in (*limits, *question.within)],
         "loop": loop,
         "risk": risk,
         "deployment": deployment.name,
@@ -213,7 +213,8 @@ def optimize(
         "intervals_reason": NO_INTERVALS if varied is None else None,
         **_hull_of(feasible or table),
         "warnings": _caveats(deployment, loads, loop, prompt_length, output_length, max_draft_length, acceptance)
-        + _queueing(table, loop, config, one),
+        + _queueing(table, loop, config, one)
+        + every.unknown(metrics),
     }
 
 
@@ -232,7 +233,7 @@ def _choose(load, metrics, saturated, limits, objective, relaxed, risky) -> dict
         cost, feasible = risky[1], np.isfinite(risky[1])
     entry: dict[str, Any] = {"load": load, "feasible": bool(feasible.any()), "relaxed_draft_length": float(relaxed)}
     if not feasible.any():
-        penalty = np.where(saturated, 1e6 + np.maximum(metrics["utilization"] - 1.0, 0.0), worst)
+        penalty = np.where(saturated, 1e6 + np.maximum(metrics["utilization"] - 1.0, 0.0), np.minimum(worst, 1e5))
         nearest = int(np.argmin(penalty)) if risky is None else int(np.argmax(risky[2]))
         broken: dict[str, Any] = {
             limit.text: {"value": finite(metrics[limit.metric][nearest]), "bound": limit.bound}
@@ -267,7 +268,7 @@ def _choose(load, metrics, saturated, limits, objective, relaxed, risky) -> dict
     rounded = min(near, key=lambda k: exact[k])
     judged = np.isfinite(exact[rounded]) and risky is None  # the relaxation knows no draws
     gap = float(np.expm1(exact[rounded] - exact[best])) if judged else None
-    sign = -1.0 if objective == "throughput" else 1.0
+    sign = -1.0 if objective in MAXIMISED else 1.0
     plain_known = not saturated[0]
     headroom = float(-np.expm1(worst[best])) if limits else float(1.0 - metrics["utilization"][best])
     return entry | {

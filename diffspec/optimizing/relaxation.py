@@ -6,16 +6,17 @@ equilibrium, from several starts side by side: :mod:`diffspec.optimizing.constra
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
-from diffspec.analysis.answers import METRICS
 from diffspec.configuration import Configuration
-from diffspec.optimizing.constrained import minimise_within
-from diffspec.optimizing.limits import Limit, beyond, cost
+from diffspec.optimizing.constrained import ROUNDS, minimise_within
+from diffspec.optimizing.limits import Limit, beyond, log_cost
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
 
@@ -35,26 +36,38 @@ def relaxed_draft_lengths(
     serving: ServingModel,
     workloads: Workload,
     config: Configuration,
+    values: Callable,
+    data: Any = (),
+    starts: Float[np.ndarray, "loads starts"] | None = None,
+    rounds: int = ROUNDS,
 ) -> np.ndarray:
-    """Best real draft length in [1, longest] of each load, the best of all starts. ``workloads`` has a leading axis."""
-    loads, starts = jax.tree.leaves(workloads)[0].shape[0], len(STARTS)
-    lanes = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), starts, axis=0), workloads)
-    shared = (serving, config, np.asarray([limit.bound for limit in limits]), float(longest))
-    function = _relaxed(objective, tuple(limit.of_one for limit in limits))
-    found = minimise_within(function, np.tile(np.asarray(STARTS)[:, None], (loads, 1)), lanes, shared)
-    best = [found.best(slice(first, first + starts)) for first in range(0, loads * starts, starts)]
+    """Best real draft length in [1, longest] of each load, the best of all starts. ``workloads`` has a leading axis.
+
+    ``values(serving, workload, config, prediction, data)``: every metric that is looked at, by its name; pass the same
+    function again to reuse its program. ``starts`` [1]: as shares of the range, by default :data:`STARTS` of each load.
+    """
+    loads = jax.tree.leaves(workloads)[0].shape[0]
+    starts = np.tile(np.asarray(STARTS), (loads, 1)) if starts is None else starts
+    count = starts.shape[1]
+    lanes = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), count, axis=0), workloads)
+    shared = (serving, config, np.asarray([limit.bound for limit in limits]), float(longest), data)
+    function = _relaxed(objective, tuple(limit.of_one for limit in limits), values)
+    found = minimise_within(function, starts.reshape(-1, 1), lanes, shared, rounds=rounds)
+    best = [found.best(slice(first, first + count)) for first in range(0, loads * count, count)]
     return 1.0 + (longest - 1.0) * found.x[best, 0]
 
 
 @lru_cache
-def _relaxed(objective: str, limits: tuple[Limit, ...]) -> Callable:
+def _relaxed(objective: str, limits: tuple[Limit, ...], values: Callable) -> Callable:
     """(cost, excesses and overload) of a relaxed draft length; the same function for the same question, so that its
     program is compiled once. Bounds are data: ``limits`` have 1."""
 
     def function(x, workload, shared):
-        serving, config, bounds, longest = shared
-        prediction = serving.predict(workload, at_draft_length(config, 1.0 + (longest - 1.0) * x[0]))
-        broken = [limit.excess(getattr(prediction, METRICS[limit.metric])) for limit in limits]
-        return cost(prediction, objective), jnp.stack([*beyond(broken, limits, bounds), prediction.overload])
+        serving, config, bounds, longest, data = shared
+        at = at_draft_length(config, 1.0 + (longest - 1.0) * x[0])
+        prediction = serving.predict(workload, at)
+        found = values(serving, workload, at, prediction, data)
+        broken = [limit.excess(found[limit.metric]) for limit in limits]
+        return log_cost(found[objective], objective), jnp.stack([*beyond(broken, limits, bounds), prediction.overload])
 
     return function

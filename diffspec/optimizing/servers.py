@@ -26,10 +26,11 @@ from diffspec.first_principles import FirstPrinciples
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.principles import KEY
 from diffspec.hardware import accelerator
+from diffspec.parameters import Scalar
 from diffspec.resources import MemoryPlan, energy_per_token, memory_plan
 from diffspec.results import InputError
 from diffspec.serving import MOST_STATES, ServingModel
-from diffspec.step_time import BatchState
+from diffspec.step_time import AbstractStepTime, BatchState
 from diffspec.workload import Workload
 
 USUAL_CAP = 256.0
@@ -67,6 +68,14 @@ class Server:
     def first_principles(self) -> bool:
         """True when nothing of it was fitted."""
         return self.subject is not None and self.deployment.quality.get("rows") == 0
+
+    def pair_at(self, workload: Workload) -> FirstPrinciples | None:
+        """:attr:`pair` for requests of these lengths."""
+        if self.pair is None:
+            return None
+        return replace(
+            self.pair, prompt_length=float(workload.prompt_length), output_length=float(workload.output_length)
+        )
 
     def draws(self, count: int) -> ServingModel | None:
         """Serving models drawn from what is not known, with a leading axis; None where nothing tells."""
@@ -200,7 +209,7 @@ def _price(name: str, value: Any) -> float:
     return float(value)
 
 
-def hours_per_million(devices, arrival_rate: float, output_length: float):
+def hours_per_million(devices, arrival_rate, output_length):
     """Device-hours (or, of what they cost, money) per million output tokens.
 
     >>> round(hours_per_million(2, 40.0, 250.0), 4)  # 10,000 tok/s: a million takes 100 s of two devices
@@ -210,35 +219,44 @@ def hours_per_million(devices, arrival_rate: float, output_length: float):
 
 
 def joules_per_token(
-    server: Server, configs: Configuration, batches: np.ndarray, rates: np.ndarray, workload: Workload
+    server: Server,
+    configs: Configuration,
+    batches: np.ndarray,
+    rates: np.ndarray,
+    workload: Workload,
 ) -> np.ndarray | None:
     """Joules per output token [lanes] at arrival ``rates`` [req/s] with ``batches`` [req] in service: see the module.
     ``configs`` has a leading axis. None where the architecture is not known."""
-    if server.pair is None:
+    pair = server.pair_at(workload)
+    if pair is None:
         return None
-    prompt, output = float(workload.prompt_length), float(workload.output_length)
-    pair = replace(server.pair, prompt_length=prompt, output_length=output)
     step = server.deployment.serving.step_time
-
-    def one(config, batch, rate):
-        n = batch / -jnp.expm1(-jnp.maximum(batch, 1e-9))
-        passes = drafted = config.draft_length * config.draft_probability
-        tokens = jnp.ones_like(n)
-        if config.acceptance is not None:
-            tokens = config.acceptance.moments(config.draft_length, config.draft_probability)[0]
-            drafted = config.acceptance.drafted_tokens(config.draft_length) * config.draft_probability
-        state = BatchState(
-            sequences=n,
-            query_tokens=n * (1.0 + drafted),
-            kv_tokens=n * pair.context,
-            draft_passes=passes,
-            draft_tokens=n * drafted,
-        )
-        read = prompt * (1.0 - float(workload.prefix_hit_rate))
-        prefill = step(BatchState(prefill_tokens=jnp.asarray(read), draft_passes=passes)).prefill
-        working, _ = energy_per_token(pair, step, state, tokens, prefill)
-        busy = jnp.minimum(rate * (output / (n * tokens) * step(state).total + prefill), 1.0)
-        return working + pair.tensor_parallel * pair.hardware.idle_power * (1.0 - busy) / (rate * output)
-
     with jax.numpy_dtype_promotion("standard"):
-        return np.asarray(jax.vmap(one)(configs, jnp.asarray(batches), jnp.asarray(rates)))
+        found = jax.vmap(lambda config, batch, rate: joules(pair, step, config, batch, rate, workload))
+        return np.asarray(found(configs, jnp.asarray(batches), jnp.asarray(rates)))
+
+
+def joules(
+    pair: FirstPrinciples, step: AbstractStepTime, config: Configuration, batch, rate, workload: Workload
+) -> Scalar:
+    """Joules per output token at an arrival ``rate`` [req/s] with ``batch`` [req] in service: see the module. ``pair``
+    has the workload's lengths."""
+    prompt, output = pair.prompt_length, pair.output_length
+    n = batch / -jnp.expm1(-jnp.maximum(batch, 1e-9))
+    passes = drafted = config.draft_length * config.draft_probability
+    tokens = jnp.ones_like(n)
+    if config.acceptance is not None:
+        tokens = config.acceptance.moments(config.draft_length, config.draft_probability)[0]
+        drafted = config.acceptance.drafted_tokens(config.draft_length) * config.draft_probability
+    state = BatchState(
+        sequences=n,
+        query_tokens=n * (1.0 + drafted),
+        kv_tokens=n * pair.context,
+        draft_passes=passes,
+        draft_tokens=n * drafted,
+    )
+    read = prompt * (1.0 - workload.prefix_hit_rate)
+    prefill = step(BatchState(prefill_tokens=jnp.asarray(read), draft_passes=passes)).prefill
+    working, _ = energy_per_token(pair, step, state, tokens, prefill)
+    busy = jnp.minimum(rate * (output / (n * tokens) * step(state).total + prefill), 1.0)
+    return working + pair.tensor_parallel * pair.hardware.idle_power * (1.0 - busy) / (rate * output)

@@ -54,7 +54,8 @@ def quantity(value: float | int | None, unit: str) -> str:
     return significant(value) if unit in ("", "1") else f"{significant(value)} {unit}"
 
 
-METRIC_UNITS = {"throughput": "req/s", "utilization": "1", "capacity": "req/s", "goodput": "req/s"}
+METRIC_UNITS = {"throughput": "req/s", "utilization": "1", "capacity": "req/s", "goodput": "req/s", "cost": "1"}
+METRIC_UNITS |= {"energy": "J"}
 
 
 def metric_value(name: str, value: float | int | None) -> str:

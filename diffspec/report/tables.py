@@ -1,5 +1,6 @@
 """Answers as tables for a terminal: plain dicts in, rich renderables out. Times are told in milliseconds."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -296,11 +297,12 @@ def decomposition(stages: Mapping[str, Mapping[str, float | None]]) -> Table:
 def policy(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
     """What `diffspec optimize` says: the policy by load, the schedule by batch size, and engine flags."""
     names = list(dict.fromkeys(name for entry in answer["policy"] for name in entry["metrics"]))
-    shown = [name for name in names if name in ("ttft_mean", "tpot_mean", "e2e_mean", "throughput")]
+    asked = {answer["objective"], *(re.split("[<>]", limit)[0] for limit in answer["limits"])}
+    usual = {"ttft_mean", "tpot_mean", "e2e_mean", "throughput"}
+    shown = [name for name in names if name in (asked | {"e2e_mean"} if asked - usual else usual)]
     rows = []
     for entry in answer["policy"]:
-        low, high = entry["load_from"], entry["load_to"]
-        length = entry["draft_length"]
+        low, high, length = (entry[name] for name in ("load_from", "load_to", "draft_length"))
         rows.append(
             (
                 f"{low:g}" if low == high else f"{low:g} to {high:g}",
@@ -315,7 +317,7 @@ def policy(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield from assumed(answer, f"{answer['deployment']}: does_not_fit")
         return
     columns = ("load", "draft length", *shown, "speedup", "headroom", "probability best")
-    best = "largest" if answer["objective"] == "throughput" else "smallest"
+    best = "largest" if answer["objective"] in ("throughput", "goodput") else "smallest"
     yield table(f"draft length by load, {best} {answer['objective']}: {answer['outcome']}", columns, rows)
     yield Text("metrics, speedup, headroom and probability are those at the upper end of each range")
     for entry in answer["policy"]:

@@ -1,0 +1,180 @@
+"""Every draft length at every load: means, percentiles, goodput, energy and cost, exactly at whole lengths and
+differentiable at real ones.
+
+    cost per million output tokens = price of an hour * 1e6 / (3600 * throughput * output_length)
+
+Energy is :func:`diffspec.optimizing.servers.joules`', per million output tokens.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffspec.analysis.answers import METRICS
+from diffspec.analysis.plain import FAST_COMPILE
+from diffspec.configuration import Configuration, batch_cap
+from diffspec.first_principles import FirstPrinciples
+from diffspec.lengths import Lengths
+from diffspec.optimizing.candidates import NO_ENERGY
+from diffspec.optimizing.limits import costs
+from diffspec.optimizing.question import Question
+from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
+from diffspec.optimizing.servers import MILLION, Server, hours_per_million, joules
+from diffspec.percentiles import predict_distribution, states_for
+from diffspec.prediction import Prediction
+from diffspec.results import RESULTS, InputError
+from diffspec.serving import MOST_STATES, ServingModel
+from diffspec.workload import Workload
+
+Values = dict[str, np.ndarray]
+SPREAD_DRAWS = 32
+"""Draws that are asked for percentiles or goodput, which take their time."""
+SPREAD_ROUNDS = 4
+"""Rounds of multipliers for such a question."""
+KNOWN_UP_TO = 0.9
+"""Share of the chain's size up to which a mean batch has percentiles."""
+
+
+class EveryLength(NamedTuple):
+    """A question about draft lengths 0..``longest`` at each load; ``workloads`` has a leading axis. ``server`` and
+    ``price`` [1/h] are those of the whole replica."""
+
+    question: Question
+    longest: int
+    workloads: Workload
+    config: Configuration
+    server: Server
+    price: float | None
+
+    def values(self, serving: ServingModel) -> tuple[Values, np.ndarray]:
+        """(values, saturated), [loads, draft lengths 0..longest], of every mean and all that the question looks at."""
+        states = 0
+        if self.question.spread:  # how long the chain must be depends on the batch
+            states = self._states(self._evaluate(serving, _means, ())[0]["effective_batch_size"])
+        found, saturated = self._evaluate(serving, *self._looked_at(states))
+        if self.question.spread:
+            beyond = found["effective_batch_size"] > KNOWN_UP_TO * states
+            found |= {name: np.where(beyond, np.inf, found[name]) for name in self.question.percentiles}
+            if "goodput" in found:
+                found["goodput"] = np.where(beyond, 0.0, found["goodput"])
+        return found, saturated
+
+    def drawn(self, models: list[ServingModel]) -> list[tuple[Values, np.ndarray]]:
+        """:meth:`values` of each of ``models``, of the first 32 where percentiles or goodput are looked at."""
+        return [self.values(model) for model in (models[:SPREAD_DRAWS] if self.question.spread else models)]
+
+    def relaxed(self, smooth: ServingModel, values: Values) -> np.ndarray:
+        """Best real draft length of each load; ``values``: those at whole lengths. Percentiles take their time: they
+        are relaxed from the best whole length only, in few rounds."""
+        function, data = self._looked_at(self._states(values["effective_batch_size"]) if self.question.spread else 0)
+        asked = (self.question.objective, self.question.limits, self.longest, smooth, self.workloads, self.config)
+        if not self.question.spread:
+            return relaxed_draft_lengths(*asked, function, data)
+        cost, worst, _ = costs(values, values["utilization"] >= 1.0, self.question.limits, self.question.objective)
+        best = np.argmin(np.where(worst <= 0, cost, 1e6 * (1.0 + worst))[:, 1:], axis=1)  # of lengths 1 and more
+        starts = (best / max(self.longest - 1.0, 1.0))[:, None]
+        return relaxed_draft_lengths(*asked, function, data, starts, SPREAD_ROUNDS)
+
+    def unknown(self, values: Values) -> list[str]:
+        """A warning where the mean batch is beyond what percentiles are computed for."""
+        batches = values["effective_batch_size"]
+        most = KNOWN_UP_TO * self._states(batches) if self.question.spread else np.inf
+        loads = [f"{rate:g}" for rate, row in zip(self._rates(), batches > most, strict=True) if row.any()]
+        told = f"req/s some batches are above {most:.0f} req, where no percentile is computed"
+        return [f"at {', '.join(loads)} {told}"] if loads else []
+
+    def _rates(self) -> np.ndarray:
+        load = self.workloads.arrival_rate if self.workloads.is_open else self.workloads.concurrency
+        return np.asarray(load)
+
+    def _states(self, batches: np.ndarray) -> int:
+        one: Workload = jax.tree.map(lambda leaf: leaf[0], self.workloads)
+        cap = batch_cap(one, self.config)
+        return states_for(None if cap is None else min(float(cap), MOST_STATES), float(batches.max()))
+
+    def _looked_at(self, states: int) -> tuple[Callable, tuple]:
+        """:func:`looked_at` with its data."""
+        question, workload = self.question, jax.tree.map(lambda leaf: float(leaf[0]), self.workloads)
+        pair = self.server.pair_at(workload) if "energy" in question.metrics else None
+        if "energy" in question.metrics and pair is None:
+            raise InputError(f"energy: {NO_ENERGY}; allowed: with a verifier's config and its hardware")
+        if "cost" in question.metrics and self.price is None:
+            raise InputError("cost: no price is known; allowed: with cost_per_hour, the price of a device")
+        if not (question.spread or question.spent):
+            return _means, ()
+        law, price = Lengths.lognormal(float(workload.output_scv)), np.float64(self.price or np.nan)
+        key = None if pair is None else json.dumps(pair.to_dict(), sort_keys=True)
+        return looked_at(question.of_one, states, key), (question.bounds, law, price)
+
+    def _evaluate(self, serving: ServingModel, function: Callable, data: tuple) -> tuple[Values, np.ndarray]:
+        asked = (serving, self.workloads, self.config, data)
+        found, saturated = _evaluate(function, self.longest, *asked)
+        return {name: np.asarray(value) for name, value in found.items()}, np.asarray(saturated)
+
+
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST_COMPILE)
+def _evaluate(function: Callable, longest: int, serving: ServingModel, workloads: Workload, config, data):
+    lengths = jnp.arange(longest + 1, dtype=float)
+
+    def at_load(workload: Workload):
+        def at_length(length):
+            at = at_draft_length(config, length)
+            prediction = serving.predict(workload, at)
+            values = function(serving, workload, at, prediction, data)
+            values |= {"effective_batch_size": prediction.effective_batch_size}
+            return values, prediction.result == RESULTS.saturated
+
+        return jax.vmap(at_length)(lengths)
+
+    if function is _means:
+        return jax.vmap(at_load)(workloads)
+    return jax.lax.map(at_load, workloads)  # percentiles take memory: load by load
+
+
+def _means(serving: ServingModel, workload: Workload, config: Configuration, found: Prediction, data):
+    return {name: getattr(found, field) for name, field in METRICS.items()}
+
+
+@lru_cache
+def looked_at(question: Question, states: int, pair_json: str | None) -> Callable:
+    """``function(serving, workload, config, prediction, data)`` -> every mean and all that the question looks at, by
+    name; the same function for the same question, so that its program is compiled once.
+
+    ``data``: (bounds [s] of the limits on single requests, the law of lengths, price of an hour [1/h]); ``pair_json``:
+    of the architecture and hardware, for energy.
+    """
+    pair = None if pair_json is None else FirstPrinciples.from_dict(json.loads(pair_json))
+    percents = tuple(dict.fromkeys(int(name.split("_p")[1]) for name in question.percentiles))
+    names = dict.fromkeys(limit.metric for limit in question.within)
+    places = {name: np.asarray([i for i, one in enumerate(question.within) if one.metric == name]) for name in names}
+
+    def function(serving: ServingModel, workload: Workload, config: Configuration, found: Prediction, data):
+        bounds, law, price = data
+        values: dict[str, Any] = _means(serving, workload, config, found, data)
+        if question.spread:
+            means = {"ttft": found.ttft, "e2e": found.e2e_latency}
+            times: Mapping[str, Any] = {name: bounds[place] for name, place in places.items()}
+            spread = predict_distribution(
+                serving, workload, config, law, states=states, percentiles=percents, at=times, means=means
+            )
+            own = {"ttft": spread.ttft_mean, "e2e": spread.e2e_mean}
+            for name in question.percentiles:
+                metric, percent = name.split("_p")
+                scale = means[metric] / own[metric] if metric in own else 1.0
+                values[name] = getattr(spread, metric)[percents.index(int(percent))] * scale
+            if "goodput" in question.metrics:
+                share = jnp.prod(jnp.concatenate(list(spread.attained.values())))
+                values["goodput"] = found.throughput * jnp.maximum(share, 1e-12)
+        if "cost" in question.metrics:
+            values["cost"] = hours_per_million(price, found.throughput, workload.output_length)
+        if "energy" in question.metrics and pair is not None:
+            rate, batch = found.throughput, found.effective_batch_size
+            values["energy"] = MILLION * joules(pair, serving.step_time, config, batch, rate, workload)
+        return values
+
+    return function

@@ -1,0 +1,205 @@
+"""`diffspec optimize` beyond means: percentiles, goodput, energy and cost, against the predictions one by one, scipy,
+closed forms and the simulator."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import SERVER_STEP, assert_close
+from scipy.optimize import brentq
+from test_cli_main import run, toy_deployment, toy_model
+
+from diffspec.acceptance import ConstantAcceptance
+from diffspec.analysis.answers import predict_answer
+from diffspec.analysis.before_traces import before_traces
+from diffspec.analysis.simulated import engine_of
+from diffspec.architecture import read_architecture
+from diffspec.first_principles import FirstPrinciples
+from diffspec.fitting.uncertainty import Uncertainty
+from diffspec.hardware import accelerator
+from diffspec.optimizing.optimize import optimize, optimize_unmeasured
+from diffspec.optimizing.servers import joules_per_token, server_of
+from diffspec.results import InputError
+from diffspec.serving import ServingModel
+from diffspec.simulating import simulate
+from diffspec.workload import Workload
+
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
+ACCEPTANCE = ConstantAcceptance(0.8)
+TAILS = {"slo": ["e2e_p99<0.9", "tpot_p95<0.0045"], "objective": "ttft_p95"}
+LENGTHS = {"prompt_length": 64.0, "output_length": 64.0, "output_scv": 0.5}
+ASKED = LENGTHS | {"loads": [4.0, 40.0, 50.0], "max_draft_length": 3, "max_batch_size": 16.0, "acceptance": ACCEPTANCE}
+
+
+@pytest.fixture(scope="module")
+def deployment():
+    """A cap of 16 that requests wait for at the higher loads, and draws around its costs."""
+    serving = ServingModel(SERVER_STEP, first_token_steps=1.5)
+    made = replace(toy_deployment(), form="roofline", serving=serving)
+    paths = ("step_time.weight_read", "step_time.token_compute")
+    noise = {"ttft_mean": 0.05, "itl_mean": 0.02}
+    known = Uncertainty("laplace", paths, np.diag([0.03, 0.03]), np.ones(2), noise, dict.fromkeys(noise, 0.0), 5.0, {})
+    return replace(made, uncertainty=known)
+
+
+@pytest.fixture(scope="module")
+def predicted(deployment):
+    """(load, k) -> what `diffspec predict` tells, percentiles included."""
+    kept = {}
+
+    def at(load, length):
+        if (load, length) not in kept:
+            config = deployment.configuration(float(length), acceptance=ACCEPTANCE, max_batch_size=16.0)
+            workload = Workload(**LENGTHS, arrival_rate=float(load))
+            kept[load, length] = predict_answer(deployment, workload, config, with_intervals=False)
+        return kept[load, length]
+
+    return at
+
+
+@pytest.fixture(scope="module")
+def by_percentile(deployment):
+    return optimize(deployment, **TAILS, **ASKED)
+
+
+def test_percentiles_choose_what_the_predictions_one_by_one_choose(by_percentile, predicted):
+    """And their values are those of `predict`, which finds them in a program of its own. Without load the smallest p95
+    of ttft is that of no speculation: the limit on the tail of tpot forbids it."""
+    assert by_percentile["limits"] == TAILS["slo"] and by_percentile["outcome"] == "successful"
+    chosen = []
+    for entry in by_percentile["table"]:
+        every = {k: predicted(entry["load"], k)["percentiles"] for k in range(4)}
+        tails = {k: told for k, told in every.items() if told}
+        keeps = [k for k, told in tails.items() if told["e2e"]["p99"] < 0.9 and told["tpot"]["p95"] < 0.0045]
+        best = min(keeps, key=lambda k: tails[k]["ttft"]["p95"]) if keeps else None
+        assert entry["draft_length"] == best
+        told = tails[entry["nearest_draft_length"] if best is None else best]
+        for name in ("tpot_p95", "e2e_p99", "ttft_p95"):
+            metric, percent = name.split("_")
+            assert_close(entry["metrics"][name], told[metric][percent], rtol=1e-6)
+        chosen.append(best)
+    free = min(range(4), key=lambda k: predicted(4.0, k)["percentiles"]["ttft"]["p95"])
+    assert free == 0 and chosen[0] not in (None, 0) and chosen[2] is None
+
+
+def test_the_relaxation_lies_where_the_tail_reaches_its_limit(deployment, by_percentile):
+    """At 4 req/s each drafted token lengthens ttft and shortens tpot: the root of p95 = limit by Brent's method. Few
+    rounds of multipliers leave it within 2 %, where the limit is kept."""
+
+    def above(length):
+        config = deployment.configuration(float(length), acceptance=ACCEPTANCE, max_batch_size=16.0)
+        workload = Workload(**LENGTHS, arrival_rate=4.0)
+        told = predict_answer(deployment, workload, config, with_intervals=False)
+        return told["percentiles"]["tpot"]["p95"] - 0.0045
+
+    root = brentq(above, 1.0, 2.0, xtol=1e-6)
+    assert root * 0.9999 < by_percentile["table"][0]["relaxed_draft_length"] < 1.02 * root
+
+
+def test_goodput_is_the_rate_of_simulated_requests_that_keep_their_limits(deployment):
+    """Independent of the model's distribution: the simulator's requests, counted."""
+    entry = optimize(deployment, objective="goodput", slo=["ttft<0.022", "tpot<0.0042"], **ASKED)["table"][1]
+    length = float(entry["draft_length"])
+    config = deployment.configuration(length, acceptance=ACCEPTANCE, max_batch_size=16.0)
+    workload = Workload(**LENGTHS, arrival_rate=40.0)
+    engine = engine_of(deployment, workload, config)
+    found = simulate(
+        deployment.serving.step_time, workload, engine, n_requests=3000, replications=8, output_law="lognormal"
+    )
+    keeps = np.concatenate([(lane.ttft < 0.022) & ~(lane.tpot >= 0.0042) for lane in found.lanes])
+    counted = 40.0 * keeps.mean()
+    assert 0.05 < keeps.mean() < 0.95, "both limits matter"
+    assert_close(entry["metrics"]["goodput"], counted, rtol=0.05)
+
+
+def test_equal_goodputs_go_to_the_quicker(deployment):
+    """Where every request keeps its limits goodput is the load at any draft length: the smallest e2e_mean decides."""
+    easy = optimize(deployment, objective="goodput", slo=["ttft<9", "tpot<1"], **ASKED)["table"][0]
+    quick = optimize(deployment, **ASKED)["table"][0]
+    assert easy["draft_length"] == quick["draft_length"] and easy["metrics"]["goodput"] == pytest.approx(4.0, rel=1e-6)
+
+
+def test_risk_looks_at_the_draws_of_a_percentile(deployment, by_percentile):
+    """The objective that nine of ten draws do not exceed is above the centre's, and all draws told are the 32 asked."""
+    loose = TAILS | {"slo": ["e2e_p99<9", "tpot_p95<1"]}
+    entry = optimize(deployment, **loose, risk=0.9, **ASKED)["table"][0]
+    assert entry["risk_objective"] > entry["metrics"]["ttft_p95"]
+    assert by_percentile["intervals"]["draws"] == 32
+
+
+def test_energy_and_cost_of_a_closed_loop():
+    """Energy is what `diffspec size` counts, chosen by brute force; cost is the price over the throughput."""
+    verifier, drafter = (read_architecture(CONFIGS / f"llama-3.{name}.json") for name in ("1-8b", "2-1b"))
+    subject = before_traces(FirstPrinciples(verifier, accelerator("h100"), drafter))
+    closed = {"prompt_length": 512.0, "output_length": 200.0, "loads": [1.0, 64.0], "loop": "concurrency"}
+    closed |= {"max_draft_length": 3, "acceptance": ACCEPTANCE}
+    frugal = optimize_unmeasured(subject, objective="energy", slo=["cost<9"], cost_per_hour=2.0, **closed)
+    deployment, server = subject.deployment, server_of(subject)
+    predict = jax.jit(lambda workload, config: deployment.serving.predict(workload, config))
+    for entry in frugal["table"]:
+        energies = []
+        for length in range(4):
+            config = deployment.configuration(float(length), acceptance=ACCEPTANCE)
+            workload = Workload(512.0, 200.0, concurrency=entry["load"])
+            found = predict(*jax.tree.map(np.asarray, (workload, config)))
+            batch, rate = (np.asarray([float(x)]) for x in (found.effective_batch_size, found.throughput))
+            one = jax.tree.map(lambda leaf: np.asarray([leaf], dtype=float), config)
+            (joules,) = joules_per_token(server, one, batch, rate, workload)
+            energies.append(1e6 * joules)
+        metrics = entry["metrics"]
+        assert entry["draft_length"] == np.argmin(energies)
+        assert_close(metrics["energy"], min(energies), rtol=1e-6)
+        assert_close(metrics["cost"], 2.0 * 1e6 / (3600 * metrics["throughput"] * 200.0), rtol=1e-9)
+    cheap, most = (
+        optimize_unmeasured(subject, objective=objective, cost_per_hour=2.0, **closed)["table"]
+        for objective in ("cost", "throughput")
+    )
+    assert [entry["draft_length"] for entry in cheap] == [entry["draft_length"] for entry in most]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"objective": "ttft_p96"}, r"did you mean 'ttft_p9"),
+        ({"slo": ["ttft<0.5"]}, "ttft_p95<NUMBER"),
+        ({"objective": "goodput"}, "at least one, such as"),
+        ({"objective": "goodput", "slo": ["ttft>0.5"]}, "an upper limit"),
+        ({"objective": "goodput", "slo": ["goodput<5", "ttft<1"]}, "limited from below"),
+        ({"objective": "e2e_p95", "loop": "concurrency"}, "has no percentiles"),
+        ({"objective": "cost", "cost_per_hour": 1.0}, "diffspec size"),
+        ({"slo": ["cost<5"]}, "no price is known"),
+        ({"objective": "energy"}, "neither the fit nor the question"),
+    ],
+)
+def test_what_means_nothing_is_refused(deployment, asked, said):
+    with pytest.raises(InputError, match=said):
+        optimize(deployment, **(ASKED | asked))
+
+
+def test_batches_beyond_the_chain_have_no_percentile_and_say_so(deployment):
+    """Without a cap, at 0.999 of capacity: thousands in service, a mean but no percentile."""
+    config = deployment.configuration(1.0, acceptance=ACCEPTANCE)
+    capacity = predict_answer(deployment, Workload(**LENGTHS, arrival_rate=1.0), config, with_intervals=False)[
+        "capacity"
+    ]
+    asked = ASKED | {"loads": [0.9985 * capacity], "max_batch_size": None, "max_draft_length": 1, "slo": ["ttft_p95<9"]}
+    answer = optimize(deployment, **asked)
+    assert answer["outcome"] == "infeasible" and answer["table"][0]["violations"]["ttft_p95<9"]["value"] is None
+    assert any("no percentile is computed" in note for note in answer["warnings"])
+
+
+def test_command_line(tmp_path, deployment):
+    model = str(toy_model(tmp_path / "model.json", replace(deployment, uncertainty=None)))
+    flags = ["--prompt-length", "64", "--output-length", "64", "--output-scv", "0.5", "--acceptance-rate", "0.8"]
+    flags += ["--max-batch-size", "16", "--max-draft-length", "3"]
+    tails = [part for limit in TAILS["slo"] for part in ("--slo", limit)] + ["--objective", TAILS["objective"]]
+    ran = run("optimize", model, "--arrival-rate", "4,40,50", *flags, *tails, "--json")
+    answer = json.loads(ran.out)
+    assert ran.code == 0 and answer["limits"] == TAILS["slo"] and answer["table"][0]["metrics"]["tpot_p95"] < 0.0045
+    shown = run("optimize", model, "--arrival-rate", "4,40,50", *flags, *tails)
+    assert all(name in shown.out for name in ("ttft_p95", "e2e_p99", "tpot_p95"))
+    wrong = run("optimize", model, "--arrival-rate", "2", *flags, "--objective", "cost", "--cost-per-hour", "x")
+    assert wrong.code == 2 and "--cost-per-hour" in wrong.err
