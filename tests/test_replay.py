@@ -3,13 +3,15 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import equinox as eqx
 import numpy as np
 import pytest
 from test_cli_main import run, toy_deployment, toy_model
 
-from diffspec.analysis.simulated import engine_of, request_table
+from diffspec.analysis.simulated import engine_of, request_table, simulate_answer
 from diffspec.optimizing.schedule_files import parse_schedule
 from diffspec.results import InputError, TraceError
 from diffspec.simulating import simulate
@@ -124,6 +126,20 @@ def test_files_of_schedules_are_read_by_their_rules():
     for cached, context, k in ((10.0, 100.0, 1), (310.0, 100.0, 1), (320.0, 1000.0, 2), (1e6, 10_000.0, 3)):
         found = parse_schedule(text, "p.json", cached)
         assert (found.context_length, found.longest, found.bands) == (context, k, ((7, 11),))
+
+
+def test_a_fitted_share_of_prompts_is_played():
+    """Where others pay for 0.4 of a prompt, the simulated engine is busy with it for so long, and the model agrees;
+    with all of it the engine is another one."""
+    toy = toy_deployment()
+    where = lambda m: (m.prefill_interference, m.step_time.prefill_token)  # noqa: E731
+    toy = replace(toy, serving=eqx.tree_at(where, toy.serving, (np.asarray(0.4), np.asarray(1e-3))))
+    load, config = Workload(64.0, 64.0, arrival_rate=4.0), toy.configuration(2.0)
+    answer, _ = simulate_answer(toy, load, config, n_requests=500, replications=4)
+    told, model = answer["metrics"]["e2e"]["mean"], answer["predicted"]["e2e"]["mean"]
+    assert abs(told["value"] - model) < 0.02 * model + told["half_width"] and told["half_width"] < 0.02 * model
+    unlike = simulate(toy.serving.step_time, load, engine_of(toy, load, config), n_requests=500, replications=4)
+    assert unlike.mean("e2e").value > 1.2 * model
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import equinox as eqx
 import numpy as np
 
 from diffspec.acceptance import AbstractPositionwise
@@ -13,7 +14,9 @@ from diffspec.analysis.answers import configuration_notes, predict_answer
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.results import InputError
+from diffspec.serving import ServingModel
 from diffspec.simulating import DraftSchedule, Engine, Requests, Simulation, replay, simulate
+from diffspec.step_time import AbstractStepTime, AffineStepTime, RooflineStepTime
 from diffspec.workload import Workload
 
 LAWS = ("fixed", "geometric", "lognormal")
@@ -62,9 +65,10 @@ def simulate_answer(
     if output_law == "lognormal" and not float(workload.output_scv) > 0:
         raise InputError("output_law lognormal needs an output_scv above 0")
     engine = engine_of(deployment, workload, config, schedule)
+    step_time = played_step_time(deployment.serving)
     if replayed is None:
         found = simulate(
-            deployment.serving.step_time,
+            step_time,
             workload,
             engine,
             n_requests=n_requests,
@@ -77,7 +81,7 @@ def simulate_answer(
         saturated = found.saturated
     else:
         found = replay(
-            deployment.serving.step_time,
+            step_time,
             replayed.runs,
             engine,
             measured=(replayed.first_measured, replayed.end_measured),
@@ -126,6 +130,25 @@ def _behind(found: Simulation) -> bool:
     return float(np.mean(np.concatenate(done))) < BEHIND
 
 
+def played_step_time(serving: ServingModel) -> AbstractStepTime:
+    """The step time with prompts that last as long as others pay for them, prefill_interference times their own time:
+    the simulator knows no such share, its engine is busy with a prompt as long as it lasts. What is left of a prompt's
+    own time is added to the request by :func:`engine_of`."""
+    step_time, share = serving.step_time, float(serving.prefill_interference)
+    if share == 1.0 or not isinstance(step_time, AffineStepTime | RooflineStepTime):
+        return step_time
+    places = lambda step: (step.prefill_token, step.draft.prefill_token)  # noqa: E731
+    return eqx.tree_at(places, step_time, tuple(share * cost for cost in places(step_time)))
+
+
+def _own_prefill(serving: ServingModel, workload: Workload, config: Configuration) -> float:
+    """The part of a mean prompt's own time [s] that :func:`played_step_time` leaves out: (1 - share) * prefill."""
+    if played_step_time(serving) is serving.step_time:
+        return 0.0
+    own = float(serving.request_cost(workload, config).prefill)
+    return (1.0 - float(serving.prefill_interference)) * own
+
+
 def engine_of(
     deployment: FittedDeployment, workload: Workload, config: Configuration, schedule: DraftSchedule | None = None
 ) -> Engine:
@@ -146,7 +169,9 @@ def engine_of(
         kv_capacity_tokens=_whole(config.kv_capacity_tokens),
         max_batched_tokens=_whole(config.max_batched_tokens),
         prefix_hit_rate=float(workload.prefix_hit_rate),
-        request_overhead=float(deployment.serving.request_overhead),
+        request_overhead=max(
+            float(deployment.serving.request_overhead) + _own_prefill(deployment.serving, workload, config), 0.0
+        ),
         schedule=schedule,
     )
 
