@@ -1,12 +1,16 @@
-"""Exports of a policy: each against the rules of its engine, the engine's own parser where it is installed, and by use.
+"""Exports of a policy: each against the rules of its engine, the engine's own parser where its files are, and by use.
 
 The engines' examples and refusals are those of their sources and documentation (diffspec/optimizing/engine_rules.py).
 """
 
 import ast
-import importlib
+import bisect
+import importlib.util
 import json
 import shlex
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +26,7 @@ from diffspec.optimizing.engine_rules import (
     vllm_draft_lengths,
 )
 from diffspec.optimizing.exports import EXPORTS, VERSIONS, check_version, export, exports
+from diffspec.optimizing.flags import VLLM_METHODS
 from diffspec.optimizing.load_policy import policy
 from diffspec.results import InputError, NoResultError
 
@@ -380,45 +385,152 @@ def test_every_export_can_be_made(answer, subject):
             assert made.text.endswith("\n") and made.file and made.engine == engine
 
 
-# --- the engines' own parsers, where they are installed ---------------------------------------------------------------
+# --- the engines' own parsers, where their Python files are -----------------------------------------------------------
+#
+# Engines do not import without their devices and a hundred packages; the files with the parsers need next to nothing.
+# So only these are loaded, from wherever the package lies: installed, or an unpacked wheel on PYTHONPATH.
 
 
-def engine_module(name: str):
+def engine_file(name: str) -> Path:
+    """The path of ``package/and/file.py`` of an engine; the test is skipped where there is none."""
+    package, _, inside = name.partition("/")
+    found = importlib.util.find_spec(package)
+    for folder in (found and found.submodule_search_locations) or ():
+        if (Path(folder) / inside).is_file():
+            return Path(folder) / inside
+    what = "is not here" if found is None else f"has no {inside} here"
+    pytest.skip(f"{package} {what}: its parser is not asked (an unpacked wheel on PYTHONPATH is enough)")
+
+
+def engine_module(name: str, monkeypatch):
+    """One file of an engine as a module; what it imports from the engine itself does nothing."""
+    path = engine_file(name)
+    package = name.partition("/")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
+            stub = types.ModuleType(str(node.module))
+            for alias in node.names:
+                setattr(stub, alias.name, lambda *args, **kwargs: None)
+            monkeypatch.setitem(sys.modules, str(node.module), stub)
+    found = importlib.util.spec_from_file_location(f"engine_{path.stem}", path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
     try:
-        return importlib.import_module(name)
-    except Exception as error:  # engines fail to import in many ways without their devices
-        pytest.skip(f"{name.split('.')[0]} is not installed here ({type(error).__name__}): its parser is not asked")
+        found.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{name} needs {error.name}: its parser is not asked")
+    return module
 
 
-def test_vllm_itself_reads_the_schedule(answer, subject):
-    theirs = engine_module("vllm.v1.spec_decode.dynamic.utils")
+def engine_function(name: str, function: str):
+    """One function or method of a file of an engine, alone, without its decorators and annotations."""
+    for node in ast.walk(ast.parse(engine_file(name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            node.decorator_list, node.returns = [], None
+            for argument in node.args.args:
+                argument.annotation = None
+            names: dict = {"bisect_left": bisect.bisect_left, "bisect_right": bisect.bisect_right}
+            exec(compile(ast.Module([node], []), name, "exec"), names)
+            return names[function]
+    return None
+
+
+def test_vllm_itself_reads_the_schedule(answer, subject, monkeypatch):
+    theirs = engine_module("vllm/v1/spec_decode/dynamic/utils.py", monkeypatch)
     config = json.loads(export("vllm", answer, subject)[0].text)
     dense = theirs.build_dynamic_sd_schedule_lookup(
         config["num_speculative_tokens_per_batch_size"], 64, config["num_speculative_tokens"]
     )
     assert list(dense)[1:] == wanted(answer["contexts"][0]["schedule"])
+    for schedule in (HAND_SET, [[1, 4, 3], [9, 64, 0]], [[1, 2, 9]]):
+        config = {"num_speculative_tokens": 5, "num_speculative_tokens_per_batch_size": schedule}
+        dense = theirs.build_dynamic_sd_schedule_lookup(schedule, 600, 5)
+        assert list(dense)[1:] == vllm_draft_lengths(config, 600), "our account of their rules"
+    for refused in ([], [[2, 4, 3]], [[1, 4, 3], [4, 8, 2]], [[1, 4, -1]], [[3, 1, 2]]):
+        with pytest.raises(ValueError):
+            theirs.build_dynamic_sd_schedule_lookup(refused, 64, 5)
 
 
-def test_sglang_itself_reads_the_slots(answer, subject, tmp_path):
-    theirs = engine_module("sglang.srt.speculative.adaptive_spec_params")
-    path = tmp_path / "adaptive.json"
+@pytest.mark.parametrize("method", VLLM_METHODS)
+def test_vllm_knows_every_key_and_method(method, answer, subject):
+    """Its configuration forbids unknown keys: all that are written are fields, and the method is one of its own."""
+    tree = ast.parse(engine_file("vllm/config/speculative.py").read_text(encoding="utf-8"))
+    (config,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "SpeculativeConfig"]
+    fields = {node.target.id for node in config.body if isinstance(node, ast.AnnAssign)}
+    literals = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
+
+    def methods(node) -> set[str]:
+        found = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+        return found.union(
+            *(methods(literals[n.id]) for n in ast.walk(node) if isinstance(n, ast.Name) if n.id in literals)
+        )
+
+    for made in export("vllm", answer, subject | {"method": method}):
+        written = json.loads(made.text)
+        assert set(written) <= fields
+        assert written["method"] in methods(literals["SpeculativeMethod"])
+
+
+def test_sglang_itself_reads_the_slots(answer, subject, tmp_path, monkeypatch):
+    theirs = engine_module("sglang/srt/speculative/adaptive_spec_params.py", monkeypatch)
+    path, schedule = tmp_path / "adaptive.json", answer["contexts"][0]["schedule"]
     path.write_text(export("sglang", answer, subject)[0].text)
+    config = json.loads(path.read_text())
     found = theirs.AdaptiveSpeculativeParams(4, str(path))
-    assert [found.get_steps_for_batch(n) for n in range(1, 65)] == wanted(answer["contexts"][0]["schedule"])
+    assert found.candidate_steps == sorted({0} | {k for *_, k in schedule})
+    for first, last, k in schedule:  # each slot settles on its draft length, and on 0 below break-even
+        for accepted, settled in ((8.0, k), (0.0, 0)):
+            for _ in range(200):
+                found.on_verify_complete([accepted], last)
+                now = found.get_steps_for_batch(first)
+                if now == settled:
+                    break
+            assert now == settled == sglang_steps(config, first, accepted, k) and found.get_steps_for_batch(last) == now
 
 
-def test_sglang_itself_reads_the_step_costs(answer, subject, tmp_path):
-    theirs = engine_module("sglang.srt.speculative.dspark_components.dspark_sps")
+def test_sglang_and_we_follow_the_same_rule(tmp_path, monkeypatch):
+    """One slot of SGLang, fed the same accepted drafts until its average is steady, and our account of its rule."""
+    theirs = engine_module("sglang/srt/speculative/adaptive_spec_params.py", monkeypatch)
+    for candidates in ([1, 3, 5, 7], [0, 1, 3], [0, 3], [2]):
+        entry = {"candidate_steps": candidates, "up_hysteresis": 0.0, "down_hysteresis": -0.25, "ceiling_coeff": 0}
+        for start in candidates:
+            for accepted in (0.1, 0.8, 1.4, 2.2, 3.1, 4.6, 6.8):
+                slot = theirs.AdaptiveStepSlot(start, entry | {"ema_alpha": 1.0, "update_interval": 1})
+                slot.warmup_batches = 0
+                slot.update([accepted])
+                assert slot.current_steps == sglang_steps({"1": entry}, 4, accepted, start), (
+                    candidates,
+                    start,
+                    accepted,
+                )
+
+
+def test_sglang_itself_reads_the_step_costs(answer, subject, tmp_path, monkeypatch):
+    theirs = engine_module("sglang/srt/speculative/dspark_components/dspark_sps.py", monkeypatch)
     for made in export("sglang-dspark", answer, subject):
         (tmp_path / made.file).write_text(made.text)
         found = theirs.load_sps_table_from_path(str(tmp_path / made.file))
         table = json.loads(made.text)
-        if "bias_seconds" in table:
-            assert found.step_time(num_reqs=3, budget=4) == pytest.approx(dspark_step_time(table, 3, 4))
-        else:
-            assert 1.0 / found.lookup(7) == pytest.approx(dspark_step_time(table, 3, 4))
+        for requests, budget in ((1, 0), (3, 4), (17, 40), (64, 256), (500, 2000)):
+            ours = dspark_step_time(table, requests, budget)
+            if "bias_seconds" in table:
+                assert found.step_time(num_reqs=requests, budget=budget) == pytest.approx(ours, rel=1e-12)
+            else:
+                assert 1.0 / found.lookup(requests + budget) == pytest.approx(ours, rel=1e-12)
 
 
 def test_tensorrt_llm_itself_reads_the_schedule(subject):
-    theirs = engine_module("tensorrt_llm._torch.speculative.utils")
-    assert theirs.get_draft_len_for_batch_size({8: 3, 20: 2}, 21, 3) == 0
+    """Its validator takes what is written, and its look-up gives the schedule, whichever way round this release is."""
+    look_up = engine_function("tensorrt_llm/_torch/speculative/utils.py", "get_draft_len_for_batch_size")
+    upper = look_up is not None
+    if look_up is None:
+        method = engine_function("tensorrt_llm/_torch/speculative/drafter.py", "get_draft_len_for_batch_size")
+        look_up = lambda table, batch, most: method(types.SimpleNamespace(draft_len_schedule=table), batch)  # noqa: E731
+    check = engine_function("tensorrt_llm/llmapi/llm_args.py", "validate_draft_len_schedule_and_sort")
+    for schedule in ([[1, 8, 3], [9, 20, 2], [21, 64, 0]], [[1, 64, 4]], [[1, 1, 5], [2, 64, 1]]):
+        (made,) = export("tensorrt-llm", made_up(schedule), subject, "1.4" if upper else "1.2")
+        longest = schedule[0][2]
+        lines = made.text.splitlines()
+        table = dict(map(int, line.split(":")) for line in lines[lines.index("  draft_len_schedule:") + 1 :])
+        table = check(None, table, types.SimpleNamespace(data={"max_draft_len": longest}))
+        assert [look_up(table, batch, longest) for batch in range(1, 65)] == wanted(schedule)

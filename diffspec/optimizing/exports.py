@@ -9,7 +9,10 @@
 | ``json`` | | the answer |
 | ``python`` | | a look-up with hysteresis and fallback, without any import |
 
-What an engine cannot express is said in ``notes``: bands where it has no memory, context lengths.
+What an engine cannot express is said in ``notes``: bands where it has no memory, context lengths. The tests also ask
+the engines' own parsers, where their Python files are on the path (an unpacked wheel is enough): vLLM 0.33.0 and SGLang
+0.5.23 took all that is written. TensorRT-LLM's wheels are not on the package index: the validator and the look-up of
+its published sources were asked, of either way round.
 """
 
 import json

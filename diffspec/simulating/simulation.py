@@ -176,17 +176,19 @@ def replay(
     concurrency: float | None = None,
     *,
     margin: int = 0,
+    measured: tuple[int, int] | None = None,
     seed: int = 0,
     progress: Callable[[float], Any] | None = None,
 ) -> Simulation:
-    """Simulate given requests, a recorded trace, say; ``margin`` requests at both ends of each run are not measured."""
+    """Simulate given requests, a recorded trace, say; ``margin`` requests at both ends of each run are not measured, or
+    only those from ``measured[0]`` up to ``measured[1]`` are."""
     lanes = [
         Lane(
             requests=run,
             engine=engine,
             concurrency=None if concurrency is None else round(concurrency),
-            first_measured=margin,
-            end_measured=len(run) - margin,
+            first_measured=margin if measured is None else measured[0],
+            end_measured=len(run) - margin if measured is None else measured[1],
             seed=seed + 1000 * number,
         )
         for number, run in enumerate(runs)
