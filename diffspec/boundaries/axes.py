@@ -53,7 +53,7 @@ class Axis:
     """One axis of a map: ``values`` increase, or are names of hardware.
 
     >>> axis = make_axis("prompt_length", [1024, 4096, 16384])
-    >>> [float(place) for place in axis.nodes], round(float(axis.value(0.25)), 3)
+    >>> [round(float(place), 9) for place in axis.nodes], round(float(axis.value(0.25)), 3)
     ([0.0, 0.5, 1.0], 2048.0)
     """
 
