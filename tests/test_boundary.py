@@ -35,7 +35,8 @@ NODES = (np.linspace(0.0, 1.0, 8), np.linspace(0.0, 1.0, 11))
 
 def traced(gap, nodes=NODES):
     roots = line_roots(gap, nodes)
-    lines, worst = contours(gap, nodes, roots)
+    lines, worst, broken = contours(gap, nodes, roots)
+    assert broken == 0
     return roots, lines, worst
 
 
@@ -194,7 +195,7 @@ def gain_of(rate, alpha, k=3):
 
 def simulated_gain(rate, alpha, k=3):
     load = Workload(**CHAT, arrival_rate=rate)
-    asked = {"n_requests": 1500, "replications": 4, "seed": 3}
+    asked = {"n_requests": 1000, "replications": 4, "seed": 3}
     plain = simulate(LOADED, load, Engine(max_batch_size=64), **asked)
     drafting = simulate(LOADED, load, Engine(k, (alpha,) * k, max_batch_size=64), **asked)
     return plain.mean("e2e").value / drafting.mean("e2e").value
@@ -257,7 +258,7 @@ def test_the_simulator_gains_and_loses_on_the_same_sides(loaded):
         for a, row in zip(loaded["axes"][1]["values"], loaded["gain"], strict=True)
         for r, g in zip(RATES, row, strict=True)
     }
-    checked = [(4.0, 0.75), (4.0, 0.6), (4.0, 0.45), (9.5, 0.9), (6.0, 0.45)]
+    checked = [(4.0, 0.6), (4.0, 0.45), (9.5, 0.9), (6.0, 0.45)]
     signs = set()
     for rate, alpha in checked:
         gain = told[rate, alpha]
@@ -325,7 +326,9 @@ def test_memory_and_energy_by_hand():
 def test_a_drafter_that_does_not_fit_is_a_zone():
     pair = dataclasses.replace(PAIR, hardware=accelerator("l4"))
     axes = {"concurrency": [1.0, 2.0], "acceptance_rate": [0.5, 0.9]}
-    found = boundary(before_traces(pair), axes, prompt_length=100, output_length=100, draft_length=3, draws=0)
+    asked = {"prompt_length": 100, "output_length": 100, "quantity": "memory", "max_draft_length": 3}
+    found = boundary(before_traces(pair), axes, **asked, draws=0)
+    assert any("best for memory alone" in line for line in found["warnings"])
     assert found["zones"]["does_not_fit"]["share"] == 1.0 and found["outcome"] == "does_not_fit"
     assert found["gain"] == [[None, None]] * 2 and found["crossings"] == []
 
@@ -427,7 +430,16 @@ def test_the_command_draws_and_tells(tmp_path, monkeypatch):
     answer = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     keys = {
         *("outcome", "deployment", "quantity", "draft_length", "max_draft_length", "axes", "fixed", "gain", "zone"),
-        *("best_draft_length", "zones", "crossings", "contours", "tolerance", "largest_residual", "uncertainty"),
+        *(
+            "best_draft_length",
+            "zones",
+            "crossings",
+            "contours",
+            "broken_joins",
+            "tolerance",
+            "largest_residual",
+            "uncertainty",
+        ),
         *("uncertainty_reason", "inside_measured_share", "outside_measured_fields", "warnings"),
     }
     assert set(answer) == keys and answer["uncertainty"] is None and answer["draft_length"] == "best"

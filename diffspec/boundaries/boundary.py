@@ -66,10 +66,11 @@ def boundary(
     :data:`ZONES`), ``best_draft_length``, ``zones`` (the share of points and the range of both axes of each zone),
     ``crossings`` (on each grid line the values at which the sign changes, ``kind`` ``break_even``, or ``jump`` where a
     server saturates or stops to fit), ``contours`` (polylines of points [x, y] at which |gain - 1| <= ``tolerance``,
-    none of them interpolated; ``largest_residual`` says how exact), and ``uncertainty``: ``gaining_share``, the share
-    of draws that gain at each point, and of each line's first crossing low, median and high, and the share of draws
-    that have one. Errors: :class:`InputError` for bad axes and ranges; :class:`NoResultError` where no run without
-    speculation was fitted.
+    none of them interpolated: ``largest_residual``; ``broken_joins``: how many cells a line could not be followed
+    through), and ``uncertainty``: ``gaining_share``, the share of draws that gain at each point, and of each line's
+    first crossing low, median and high, and the share of draws that have one. Draws are of parameters alone.
+    Errors: :class:`InputError` for bad axes and ranges; :class:`NoResultError` where no run without speculation was
+    fitted.
 
     >>> from diffspec import FirstPrinciples, Transformer, accelerator, before_traces
     >>> verifier = Transformer("8B", 32, 4096, 128256, 32, 8, 128, 14336)
@@ -103,7 +104,7 @@ def boundary(
     along = tuple(way for way, axis in enumerate((x, y)) if not axis.categorical)
     roots = line_roots(map_.gap, (x.nodes, y.nodes), along)
     tell("contours", 0.4)
-    lines, worst = ([], 0.0) if len(along) < 2 else contours(map_.gap, (x.nodes, y.nodes), roots)
+    lines, worst, broken = ([], 0.0, 0) if len(along) < 2 else contours(map_.gap, (x.nodes, y.nodes), roots)
     exact = np.abs(roots.value[roots.exact])
     worst = max(worst, float(exact.max()) if exact.size else 0.0)
     tell("draws", 0.6)
@@ -132,6 +133,7 @@ def boundary(
         "zones": _where(zone, map_, share),
         "crossings": _crossings(roots, x, y),
         "contours": [[[float(x.value(u)), float(y.value(v))] for u, v in line] for line in lines],
+        "broken_joins": broken,
         "tolerance": JUMP,
         "largest_residual": worst,
         "uncertainty": _uncertainty(found, ground, map_, draws, along),

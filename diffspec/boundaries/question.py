@@ -163,6 +163,14 @@ class Question:
                 "drafting times are scaled with the drafter's size, as published within a model family; acceptance is "
                 "left as it is, though a drafter of another size has another one"
             )
+        if (
+            ground.quantity in ("energy", "memory")
+            and ground.draft_lengths is not None
+            and len(ground.draft_lengths) > 1
+        ):
+            notes.append(
+                f"the best draft length is the best for {ground.quantity} alone: what it does to latency is another map"
+            )
         if ground.states == 0 and ground.loop == "arrival_rate":
             notes.append("no batch cap is known, or one above 1,024 requests: nobody waits for a place")
         return notes

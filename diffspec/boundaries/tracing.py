@@ -89,17 +89,17 @@ def line_roots(gap: Callable, nodes: tuple[np.ndarray, np.ndarray], along: tuple
     return Roots(points[kept], value[kept], *(part[kept] for part in joined[2:]))
 
 
-def contours(gap: Callable, nodes: tuple[np.ndarray, np.ndarray], roots: Roots) -> tuple[list[np.ndarray], float]:
-    """(polylines [points, 2] through the exact ``roots``, largest |function| on them); a closed one ends where it
-    starts."""
+def contours(gap: Callable, nodes: tuple[np.ndarray, np.ndarray], roots: Roots) -> tuple[list[np.ndarray], float, int]:
+    """(polylines [points, 2] through the exact ``roots``, largest |function| on them, joins taken away); a closed line
+    ends where it starts."""
     links = _links(gap, nodes, roots)
     if not links:
-        return [], 0.0
+        return [], 0.0, 0
     pairs = np.asarray(links)
     paths, worst = _follow(gap, roots.points[pairs[:, 0]], roots.points[pairs[:, 1]])
     kept = [(pair, path) for pair, path in zip(links, paths, strict=True) if path is not None]
     used = np.abs(roots.value[roots.exact])
-    return _chain(kept), max(worst, float(used.max()) if used.size else 0.0)
+    return _chain(kept), max(worst, float(used.max()) if used.size else 0.0), len(links) - len(kept)
 
 
 def _links(gap: Callable, nodes, roots: Roots) -> list[tuple[int, int]]:
