@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from diffspec.analysis.sensitivity import sensitivity
     from diffspec.architecture import Transformer, eagle_head, read_architecture
     from diffspec.batch_state import BatchState, StepParts
+    from diffspec.boundaries.boundary import boundary
     from diffspec.configuration import Configuration
     from diffspec.drafters import (
         AbstractDrafter,
@@ -122,6 +123,7 @@ __all__ = [
     "before_traces",
     "best_budget",
     "best_tree",
+    "boundary",
     "check",
     "conditional_to_histogram",
     "conditional_to_marginal",
@@ -196,6 +198,7 @@ _HOMES = {
         "BatchState",
         "StepParts",
     ),
+    "boundaries.boundary": ("boundary",),
     "drafters": (
         "AbstractDrafter",
         "BlockDrafter",

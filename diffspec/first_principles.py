@@ -9,6 +9,7 @@ An all-reduce of a token moves 2*(N-1)/N * hidden * 2 B over each device's link,
 tensor parallelism). Key/value heads are split over at most kv_heads devices; latent (MLA) caches are on every device.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -125,7 +126,8 @@ class FirstPrinciples:
     * ``drafter_kind``: one of :data:`DRAFTER_KINDS`, or "" without a drafter. A head or block without dimensions of its
       own gets those of :func:`diffspec.architecture.eagle_head`
     * ``tensor_parallel``: devices that share every matrix, the drafter's too
-    * ``prompt_length``, ``output_length`` [tok]: set the mean context of sliding windows and of prompts' attention
+    * ``prompt_length``, ``output_length`` [tok]: set the mean context of sliding windows and of prompts' attention;
+      may be traced
     * ``draft_probability`` [1]: share of steps that are drafted for; below 1 for lookups, which abstain
     * ``drafter_window`` [tok]: cached tokens of a sequence that the drafter attends to, None: all (``WindowedDrafter``)
     * ``draft_overlap`` [1]: share of drafts made while the verifier verifies (``OverlappedDrafter``)
@@ -141,8 +143,8 @@ class FirstPrinciples:
     drafter: Transformer | None = None
     drafter_kind: str = ""
     tensor_parallel: int = 1
-    prompt_length: float = 1024.0
-    output_length: float = 256.0
+    prompt_length: Scalar = 1024.0
+    output_length: Scalar = 256.0
     draft_probability: float = 1.0
     drafter_window: float | None = None
     draft_overlap: float = 0.0
@@ -204,11 +206,11 @@ class FirstPrinciples:
         return f"{self.verifier.name}{drafter} on {devices}{self.hardware.name}{aside}"
 
     @property
-    def context(self) -> float:
+    def context(self) -> Scalar:
         """Mean cached tokens of a sequence in service: prompt + output/2 [tok]."""
         return self.prompt_length + 0.5 * self.output_length
 
-    def kv_bytes(self, model: Transformer) -> float:
+    def kv_bytes(self, model: Transformer) -> Scalar:
         """Bytes of one cached token of ``model`` on each device [B]."""
         split = 1 if model.kv_lora_rank else min(self.tensor_parallel, model.kv_heads)
         return model.kv_bytes_per_token(self.context) / split
@@ -279,7 +281,7 @@ class FirstPrinciples:
     def _launches(self, model: Transformer, e: Efficiency):
         return model.layers * (e.layer_overhead + (2.0 * e.all_reduce if self.tensor_parallel > 1 else 0.0))
 
-    def _compute_time(self, flops: dict[str, float], e: Efficiency):
+    def _compute_time(self, flops: Mapping[str, Scalar], e: Efficiency):
         at_peak = sum(value / self.hardware.flops(number_format) for number_format, value in flops.items())
         return at_peak / self.tensor_parallel / e.compute
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from diffspec.architecture import Transformer
 from diffspec.first_principles import IDEAL, FirstPrinciples
-from diffspec.step_time import AbstractStepTime, BatchState
+from diffspec.parameters import Scalar
+from diffspec.step_time import AbstractStepTime, BatchState, scaled
 from diffspec.workload import check_range
 
 MEMORY_SHARE = 0.9
@@ -106,7 +107,15 @@ def memory_plan(
     )
 
 
-def energy_per_token(pair: FirstPrinciples, step: AbstractStepTime, state: BatchState, tokens_per_step, prefill_time):
+def energy_per_token(
+    pair: FirstPrinciples,
+    step: AbstractStepTime,
+    state: BatchState,
+    tokens_per_step,
+    prefill_time,
+    *,
+    drafter_scale: Scalar = 1.0,
+):
     """(joules per output token [J], power of a decode step [W]) of all the pair's devices while they work.
 
         power  = idle + (limit - idle) * activity
@@ -114,9 +123,10 @@ def energy_per_token(pair: FirstPrinciples, step: AbstractStepTime, state: Batch
 
     activity = time that the step would take at the data sheet's peaks (the longer of memory and compute, and drafting),
     over the time that it takes: a device that waits for launches draws idle power. Idle time between steps, and a
-    device of the drafter's own, are not counted. A stated model, not a measurement: expect errors of tens of percent.
+    device of the drafter's own, are not counted. ``drafter_scale`` [1]: what ``step`` has its drafter scaled by. A
+    stated model, not a measurement: expect errors of tens of percent.
     """
-    ideal = pair.step_time(IDEAL)
+    ideal = scaled(pair.step_time(IDEAL), drafter=drafter_scale)
     memory = ideal.weight_read + ideal.kv_read * state.kv_tokens
     if ideal.experts is not None:
         memory = memory + ideal.experts.verify(state)

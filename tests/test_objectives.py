@@ -21,7 +21,7 @@ from diffspec.first_principles import FirstPrinciples
 from diffspec.fitting.uncertainty import Uncertainty
 from diffspec.hardware import accelerator
 from diffspec.optimizing.optimize import optimize, optimize_unmeasured
-from diffspec.optimizing.servers import joules_per_token, server_of
+from diffspec.optimizing.servers import joules, server_of
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
 from diffspec.simulating import simulate
@@ -131,7 +131,7 @@ def test_risk_looks_at_the_draws_of_a_percentile(deployment, by_percentile):
 
 
 def test_energy_and_cost_of_a_closed_loop():
-    """Energy is what `diffspec size` counts, chosen by brute force; cost is the price over the throughput."""
+    """The least energy by brute force; cost is the price over the throughput; what is cheap is what serves most."""
     verifier, drafter = (read_architecture(CONFIGS / f"llama-3.{name}.json") for name in ("1-8b", "2-1b"))
     subject = before_traces(FirstPrinciples(verifier, accelerator("h100"), drafter))
     closed = {"prompt_length": 512.0, "output_length": 200.0, "loads": [1.0, 64.0], "loop": "concurrency"}
@@ -145,10 +145,9 @@ def test_energy_and_cost_of_a_closed_loop():
             config = deployment.configuration(float(length), acceptance=ACCEPTANCE)
             workload = Workload(512.0, 200.0, concurrency=entry["load"])
             found = predict(*jax.tree.map(np.asarray, (workload, config)))
-            batch, rate = (np.asarray([float(x)]) for x in (found.effective_batch_size, found.throughput))
-            one = jax.tree.map(lambda leaf: np.asarray([leaf], dtype=float), config)
-            (joules,) = joules_per_token(server, one, batch, rate, workload)
-            energies.append(1e6 * joules)
+            arguments = (config, found.effective_batch_size, found.throughput)  # as many in service as in the loop
+            spent = joules(server.pair_at(workload), deployment.serving.step_time, workload, *arguments)
+            energies.append(1e6 * float(spent))
         metrics = entry["metrics"]
         assert entry["draft_length"] == np.argmin(energies)
         assert_close(metrics["energy"], min(energies), rtol=1e-6)

@@ -8,6 +8,10 @@ of queries and keys are left out (below 0.1 % of the parameters).
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from diffspec.parameters import Scalar
 from diffspec.results import InputError
 
 
@@ -157,21 +161,26 @@ class Transformer:
         flops[head_format] = flops.get(head_format, 0.0) + (2.0 * self.embedding_weights if head else 0.0)
         return {name: value for name, value in flops.items() if value > 0}
 
-    def attention_flops(self, context: float) -> float:
+    def attention_flops(self, context: Scalar) -> Scalar:
         """FLOP of one token's attention to ``context`` cached tokens: 2*heads*(query-key + value width) for each."""
         width = 2 * self.head_dim
         if self.kv_lora_rank:
             width = self.nope_head_dim + self.rope_head_dim + self.v_head_dim
         return 2.0 * self.heads * width * self._attended_layers(context) * context
 
-    def kv_bytes_per_token(self, context: float | None = None) -> float:
+    def kv_bytes_per_token(self, context: Scalar | None = None) -> Scalar:
         """Bytes of one cached token [B], in the mean over a sequence of ``context`` tokens: a sliding layer keeps its
         window only. None: as if no layer were sliding."""
         numbers = self.kv_lora_rank + self.rope_head_dim if self.kv_lora_rank else 2 * self.kv_heads * self.head_dim
         return self._attended_layers(context) * numbers * self.kv_bits / 8.0
 
-    def _attended_layers(self, context: float | None) -> float:
-        kept = 1.0 if context is None else min(1.0, self.sliding_window / max(context, 1.0))
+    def _attended_layers(self, context: Scalar | None) -> Scalar:
+        if context is None or not self.sliding_layers:
+            return float(self.layers)
+        if isinstance(context, Tracer):
+            kept = jnp.minimum(1.0, self.sliding_window / jnp.maximum(context, 1.0))
+        else:
+            kept = min(1.0, self.sliding_window / max(context, 1.0))
         return self.layers - self.sliding_layers * (1.0 - kept)
 
 

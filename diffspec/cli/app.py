@@ -6,6 +6,7 @@ import typer
 
 from diffspec.cli import (
     acceptance,
+    boundary,
     check,
     collect,
     demo,
@@ -25,9 +26,9 @@ app = typer.Typer(
     name="diffspec",
     help="Why speculative decoding slows down under load, and what to do.\n\n"
     "Measurements (collect, import, acceptance) become a trace; a trace becomes a fitted latency model (fit), which is "
-    "scored (evaluate), asked (predict, simulate, sensitivity) and used to choose the draft length for each load "
-    "(optimize), the schedule that an engine follows (policy), how many replicas serve a target rate (size) or what to "
-    "measure next (design). Start with: diffspec demo",
+    "scored (evaluate), asked (predict, simulate, sensitivity), mapped (boundary) and used to choose the draft length "
+    "for each load (optimize), the schedule that an engine follows (policy), how many replicas serve a target rate "
+    "(size) or what to measure next (design). Start with: diffspec demo",
     epilog="Exit codes: 0 done; 1 no answer exists (saturated, infeasible); 2 wrong usage or input. Works on the CPU "
     "unless JAX_PLATFORMS is set. Compiled programs are kept in the user's cache folder, or in DIFFSPEC_CACHE_DIR "
     "(empty: nowhere).",
@@ -73,6 +74,7 @@ for module in (
     optimize,
     policy,
     sensitivity,
+    boundary,
     design,
 ):
     app.command(module.__name__.rsplit(".", 1)[-1].rstrip("_"))(module.command)

@@ -11,7 +11,7 @@ from diffspec.first_principles import SPREAD, Efficiency, FirstPrinciples, draws
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.forms import Form, Scales
 from diffspec.hardware import Accelerator
-from diffspec.parameters import get_parameters, set_parameters
+from diffspec.parameters import Scalar, get_parameters, set_parameters
 from diffspec.resources import MemoryPlan, memory_plan
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
@@ -74,12 +74,12 @@ def serving_model(pair: FirstPrinciples, efficiency: Efficiency | None = None) -
     return ServingModel(
         step_time,
         request_overhead=pair.request_overhead(efficiency),
-        prefill_interference=_interference(step_time, min(pair.prompt_length, CHUNK)),
+        prefill_interference=_interference(step_time, jnp.minimum(pair.prompt_length, CHUNK)),
         closed_loop_sync=CLOSED_LOOP_SYNC,
     )
 
 
-def _interference(step_time: RooflineStepTime, chunk: float):
+def _interference(step_time: RooflineStepTime, chunk: Scalar):
     """Share of a prompt's computation that those who decode beside it pay [1]: the step reads the shared weights
     anyway, and a part of the computation hides behind that: (roofline(weights, compute) - weights)/compute, for
     ``chunk`` tokens. An H200 bears it out (tests/test_experiment_03.py)."""

@@ -24,7 +24,7 @@ from diffspec.optimizing.candidates import NO_ENERGY
 from diffspec.optimizing.limits import costs
 from diffspec.optimizing.question import Question
 from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
-from diffspec.optimizing.servers import MILLION, Server, hours_per_million, joules
+from diffspec.optimizing.servers import MILLION, Server, hours_per_million, joules, when_busy
 from diffspec.percentiles import predict_distribution, states_for
 from diffspec.prediction import Prediction
 from diffspec.results import RESULTS, InputError
@@ -173,8 +173,9 @@ def looked_at(question: Question, states: int, pair_json: str | None) -> Callabl
         if "cost" in question.metrics:
             values["cost"] = hours_per_million(price, found.throughput, workload.output_length)
         if "energy" in question.metrics and pair is not None:
-            rate, batch = found.throughput, found.effective_batch_size
-            values["energy"] = MILLION * joules(pair, serving.step_time, config, batch, rate, workload)
+            batch = when_busy(found.effective_batch_size) if workload.is_open else found.effective_batch_size
+            spent = joules(pair, serving.step_time, workload, config, batch, found.throughput)
+            values["energy"] = MILLION * spent
         return values
 
     return function

@@ -10,7 +10,7 @@ together. The rate told is the end of the bracket at which every limit is kept. 
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -144,7 +144,12 @@ def _evaluate(states: int, models, workloads, configs, lengths, rates, times, ch
         )
         return means, {metric: 1.0 - share for metric, share in spread.attained.items()}
 
-    lanes = (models, workloads, configs, rates, times)
+    return in_chunks(one, (models, workloads, configs, rates, times), chunks)
+
+
+def in_chunks(one: Callable, lanes: tuple, chunks):
+    """``one(*lane)`` of the first ``chunks`` times :data:`CHUNK` of :data:`CALL` lanes, zeros of the others; traced, so
+    that one program serves any number of lanes."""
 
     def chunk(number):
         part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, CHUNK * number, CHUNK), lanes)

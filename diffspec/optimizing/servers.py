@@ -13,6 +13,7 @@ empty; a device that does not work draws its idle power.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from diffspec.parameters import Scalar
 from diffspec.resources import MemoryPlan, energy_per_token, memory_plan
 from diffspec.results import InputError
 from diffspec.serving import MOST_STATES, ServingModel
-from diffspec.step_time import AbstractStepTime, BatchState
+from diffspec.step_time import AbstractStepTime, BatchState, scaled
 from diffspec.workload import Workload
 
 USUAL_CAP = 256.0
@@ -140,10 +141,8 @@ def server_of(subject: FittedDeployment | Unmeasured, max_batched_tokens: float 
         pair, plan = subject.pair, subject.plan
     plain_plan = None
     if plan is not None and pair is not None and pair.drafter_kind and deployment.quality.get("rows") == 0:
-        alone = {"drafter": None, "drafter_kind": "", "drafter_window": None, "drafter_hardware": None}
-        alone |= {"draft_overlap": 0.0, "transfer_latency": 0.0, "draft_probability": 1.0}
         tokens = {} if max_batched_tokens is None else {"batched_tokens": max_batched_tokens}
-        plain_plan = memory_plan(replace(pair, **alone), **tokens)
+        plain_plan = memory_plan(without_drafter(pair), **tokens)
     devices = 1 if pair is None else pair.tensor_parallel
     return Server(
         deployment=deployment,
@@ -155,6 +154,12 @@ def server_of(subject: FittedDeployment | Unmeasured, max_batched_tokens: float 
         plan=plan,
         plain_plan=plain_plan,
     )
+
+
+def without_drafter(pair: FirstPrinciples) -> FirstPrinciples:
+    """The verifier alone on the same hardware."""
+    alone = {"drafter": None, "drafter_kind": "", "drafter_window": None, "drafter_hardware": None}
+    return replace(pair, **alone, draft_overlap=0.0, transfer_latency=0.0, draft_probability=1.0)
 
 
 def batch_caps(server: Server, workload: Workload, asked: float | None) -> list[float]:
@@ -232,17 +237,19 @@ def joules_per_token(
         return None
     step = server.deployment.serving.step_time
     with jax.numpy_dtype_promotion("standard"):
-        found = jax.vmap(lambda config, batch, rate: joules(pair, step, config, batch, rate, workload))
-        return np.asarray(found(configs, jnp.asarray(batches), jnp.asarray(rates)))
+        one = partial(joules, pair, step, workload)
+        return np.asarray(jax.vmap(one)(configs, when_busy(jnp.asarray(batches)), jnp.asarray(rates)))
 
 
-def joules(
-    pair: FirstPrinciples, step: AbstractStepTime, config: Configuration, batch, rate, workload: Workload
-) -> Scalar:
-    """Joules per output token at an arrival ``rate`` [req/s] with ``batch`` [req] in service: see the module. ``pair``
-    has the workload's lengths."""
-    prompt, output = pair.prompt_length, pair.output_length
-    n = batch / -jnp.expm1(-jnp.maximum(batch, 1e-9))
+def when_busy(batch):
+    """Mean [req] of a Poisson batch that is not empty, from the mean ``batch`` [req] of all."""
+    return batch / -jnp.expm1(-jnp.maximum(batch, 1e-9))
+
+
+def joules(pair: FirstPrinciples, step: AbstractStepTime, workload: Workload, config: Configuration, n, rate) -> Scalar:
+    """Joules per output token [J] of one server of a ``pair`` of the workload's lengths with ``n`` [req] in service
+    while it works: see the module."""
+    step = scaled(step, drafter=config.drafter_scale)
     passes = drafted = config.draft_length * config.draft_probability
     tokens = jnp.ones_like(n)
     if config.acceptance is not None:
@@ -255,8 +262,9 @@ def joules(
         draft_passes=passes,
         draft_tokens=n * drafted,
     )
-    read = prompt * (1.0 - workload.prefix_hit_rate)
-    prefill = step(BatchState(prefill_tokens=jnp.asarray(read), draft_passes=passes)).prefill
-    working, _ = energy_per_token(pair, step, state, tokens, prefill)
+    read = jnp.asarray(workload.prompt_length * (1.0 - workload.prefix_hit_rate))
+    prefill = step(BatchState(prefill_tokens=read, draft_passes=passes)).prefill
+    working, _ = energy_per_token(pair, step, state, tokens, prefill, drafter_scale=config.drafter_scale)
+    output = workload.output_length
     busy = jnp.minimum(rate * (output / (n * tokens) * step(state).total + prefill), 1.0)
     return working + pair.tensor_parallel * pair.hardware.idle_power * (1.0 - busy) / (rate * output)
