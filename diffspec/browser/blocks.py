@@ -142,7 +142,7 @@ def _inline(closed: Any, inputs: Sequence[Atom], scope: _Scope) -> list[Atom]:
     known: dict[Any, Atom] = dict(zip(jaxpr.invars, inputs, strict=True))
     known |= {var: Constant(np.asarray(value)) for var, value in zip(jaxpr.constvars, consts, strict=True)}
 
-    def read(atom) -> Atom:
+    def read(atom: Any) -> Atom:
         return Constant(np.asarray(atom.val, dtype=atom.aval.dtype)) if isinstance(atom, Literal) else known[atom]
 
     for equation in jaxpr.eqns:

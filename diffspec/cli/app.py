@@ -16,6 +16,7 @@ from diffspec.cli import (
     optimize,
     policy,
     predict,
+    report,
     sensitivity,
     simulate,
     size,
@@ -26,8 +27,8 @@ app = typer.Typer(
     help="Why speculative decoding slows down under load, and what to do.\n\n"
     "Measurements (collect, import, acceptance) become a trace; a trace becomes a fitted latency model (fit), which is "
     "scored (evaluate), asked (predict, simulate, sensitivity) and used to choose the draft length for each load "
-    "(optimize), the schedule that an engine follows (policy), how many replicas serve a target rate (size) or what to "
-    "measure next (design). Start with: diffspec demo",
+    "(optimize), the schedule that an engine follows (policy), how many replicas serve a target rate (size), what to "
+    "measure next (design) or an interactive page of it all (report). Start with: diffspec demo",
     epilog="Exit codes: 0 done; 1 no answer exists (saturated, infeasible); 2 wrong usage or input. Works on the CPU "
     "unless JAX_PLATFORMS is set. Compiled programs are kept in the user's cache folder, or in DIFFSPEC_CACHE_DIR "
     "(empty: nowhere).",
@@ -74,5 +75,6 @@ for module in (
     policy,
     sensitivity,
     design,
+    report,
 ):
     app.command(module.__name__.rsplit(".", 1)[-1].rstrip("_"))(module.command)
