@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,16 +14,16 @@ from test_cli_main import TRACE, files_in, run, toy_deployment, toy_model
 
 from diffspec.acceptance import ConstantAcceptance
 from diffspec.analysis.answers import predict_answer
+from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.browser.serving import FIELDS, OUTPUTS, browser_functions, parameter_values
 from diffspec.fitting.deployment import FittedModel
 from diffspec.fitting.forms import Scales, build_form
-from diffspec.fitting.hull import in_words
 from diffspec.fitting.uncertainty import Uncertainty
-from diffspec.parameters import get_parameters
 from diffspec.prediction import STAGES
 from diffspec.report.curves import draw_curves
 from diffspec.report.page_data import nice, page_data
 from diffspec.report.page_html import page_html
+from diffspec.results import RESULTS
 from diffspec.workload import Workload
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -54,99 +55,132 @@ def deployment():
     return known_deployment()
 
 
+def made_up_rows():
+    """Rows as a page shows them, of no measurement: what matters is where they are drawn."""
+    rows = []
+    for number in range(12):
+        e2e = 1.0 + 0.2 * number
+        told = {"measured": e2e, "predicted": 1.1 * e2e, "low": e2e * (1.05 if number == 4 else 0.9), "high": 1.3 * e2e}
+        place = {"arrival_rate": 0.5 * (number + 1), "concurrency": None, "prompt_length": 64.0, "output_length": 64.0}
+        part = "held out" if number == 7 else "fitted"
+        rows.append(place | {"draft_length": float(2 * (number % 3)), "part": part, "metrics": {"e2e_mean": told}})
+    return rows
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory, deployment):
-    """The page and the answer of the command line."""
-    folder = tmp_path_factory.mktemp("page")
-    model = toy_model(folder / "model.json", deployment)
-    ran = run("report", model, TRACE, "--out", folder / "report.html", "--json")
-    assert ran.code == 0, ran.err
-    return folder / "report.html", json.loads(ran.out)
+    """The page in a file, and its data."""
+    data = page_data(FittedModel({"toy": deployment}, "0" * 64, {"jax": "1"}), deployment, command="diffspec report")
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(page_html(data | {"rows": made_up_rows()}, deployment), encoding="utf-8")
+    return path, data
 
 
 # --- the functions ----------------------------------------------------------------------------------------------------
 
 
-def forms():
-    """Deployments of every form: affine, roofline, roofline of experts; with a memory cap, a thinned drafter, none."""
+def of_form(name):
+    """A deployment and the largest batch cap that is asked of it: affine without a cap, roofline, roofline of experts
+    with a memory cap and a drafter that abstains."""
     toy = toy_deployment()
-    dense, sparse = (build_form("roofline", SCALES, experts).template for experts in (None, (8.0, 64.0)))
-    yield "affine", toy, 128.0
-    yield "roofline", dataclasses.replace(toy, form="roofline", serving=dense), 128.0
-    defaults = toy.defaults | {"kv_capacity_tokens": 5000.0, "draft_probability": 0.6}
-    yield "experts", dataclasses.replace(toy, form="roofline", serving=sparse, defaults=defaults), 128.0
-    defaults = {name: value for name, value in toy.defaults.items() if name != "max_batch_size"}
-    yield "uncapped", dataclasses.replace(toy, defaults=defaults), None
+    if name == "uncapped":
+        rest = {key: value for key, value in toy.defaults.items() if key != "max_batch_size"}
+        return dataclasses.replace(toy, defaults=rest), None
+    sparse = name == "experts"
+    serving = build_form("roofline", SCALES, (64.0, 8.0, 4.0) if sparse else None).template
+    more = {"kv_capacity_tokens": 5000.0, "draft_probability": 0.6} if sparse else {}
+    return dataclasses.replace(toy, form="roofline", serving=serving, defaults=toy.defaults | more), 128.0
+
+
+def known_predictions(deployment, loop, own, points):
+    """What :meth:`ServingModel.predict` says at points (load, k, acceptance, prompt, output, cap), by output."""
+    serving = dataclasses.replace(deployment.serving, waiting_states=128)
+
+    def one(load, k, alpha, prompt, output, cap):
+        acceptance = deployment.acceptance if own else ConstantAcceptance(alpha)
+        capped = None if deployment.defaults.get("max_batch_size") is None else cap
+        config = deployment.configuration(k, acceptance=acceptance, max_batch_size=capped)
+        found = serving.predict(Workload(prompt, output, **{loop: load}), config)
+        parts = {stage: found.decomposition[stage] for stage in STAGES}
+        split = {
+            f"{s}_{p}": getattr(part, f"load_{p}") for s, part in parts.items() for p in ("independent", "dependent")
+        }
+        return (
+            {name: getattr(found, name) for name in FIELDS} | split | {"saturated": found.result == RESULTS.saturated}
+        )
+
+    return jax.jit(jax.vmap(one), compiler_options=FAST_COMPILE)(*jnp.asarray(points).T)
 
 
 @needs_node
 @pytest.mark.parametrize(
-    ("name", "deployment", "largest"), list(forms()), ids=lambda value: value if isinstance(value, str) else ""
+    ("name", "loop", "own"),
+    [
+        ("roofline", "arrival_rate", True),
+        ("roofline", "concurrency", False),
+        ("experts", "arrival_rate", False),
+    ],
 )
-def test_predictions_in_javascript_are_those_of_predict(name, deployment, largest):
-    """To 1e-9 relative, every field and stage, in open and closed loops, with own and with constant acceptance."""
-    text, parameters = browser_functions(deployment, largest), parameter_values(deployment.serving)
-    rng, calls, wanted = np.random.default_rng(3), [], []
-    for place in range(12):
-        load, k, alpha = rng.uniform(0.2, 8.0), rng.choice([0.0, 1.0, 2.0, 3.5, 5.0]), rng.uniform(0.05, 0.98)
-        prompt, output, cap = rng.uniform(10, 300), rng.uniform(1.5, 200), float(rng.integers(2, 100))
-        cap = cap if largest else None
-        loop = "arrival_rate" if place % 3 else "concurrency"
-        own = place % 2 == 1
-        config = deployment.configuration(
-            k, acceptance=deployment.acceptance if own else ConstantAcceptance(alpha), max_batch_size=cap
-        )
-        wanted.append(
-            predict_answer(deployment, Workload(prompt, output, **{loop: load + 1}), config, with_intervals=False)
-        )
-        moments = f"momentsMeasured({k!r})" if own else f"momentsConstant({k!r},{alpha!r})"
-        model = "predictOpen" if loop == "arrival_rate" else "predictClosed"
-        ask = f"function ask{place}(p,l,k,a,b,c){{return {model}(p,l,k,...{moments},a,b,c);}}"
-        values = [parameters, load + 1, float(k), prompt, output] + ([cap] if largest else [])
-        calls.append((("" if place else text + "\n") + ask, f"ask{place}", values))
-    for answer, leaves in zip(wanted, run_node(calls), strict=True):
-        got = dict(zip(OUTPUTS, (leaf[0] for leaf in leaves), strict=True))
-        assert bool(got["saturated"]) == (answer["outcome"] == "saturated")
-        pairs = [(got[field], answer[field]) for field in FIELDS]
-        for stage in STAGES:
-            for part in ("independent", "dependent"):
-                pairs.append((got[f"{stage}_{part}"], answer["decomposition"][stage][f"load_{part}"]))
-        for mine, theirs in pairs:
-            if theirs is not None:
-                np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-12)
-
-
-def test_parameters_are_an_argument(deployment):
-    values = parameter_values(deployment.serving)
-    assert values.tolist() == [float(v) for v in get_parameters(deployment.serving).values()]
-    text = browser_functions(deployment, 128.0)
-    assert len(text) < 60_000 and "function predictOpen(a0,a1,a2,a3,a4,a5,a6,a7)" in text
+def test_predictions_in_javascript_are_those_of_the_model(name, loop, own):
+    """To 1e-9 relative, every output, at random loads (some saturate), draft lengths, lengths and caps."""
+    deployment, largest = of_form(name)
+    rng, count = np.random.default_rng(3), 40
+    columns = (
+        *(rng.uniform(0.2, 9.0, count), rng.choice([0.0, 1.0, 2.0, 3.5, 5.0], count), rng.uniform(0.05, 0.98, count)),
+        *(rng.uniform(10, 300, count), rng.uniform(1.5, 200, count), rng.integers(2, 100, count).astype(float)),
+    )
+    points = np.stack(columns, axis=1) + np.array([float(loop == "concurrency"), 0, 0, 0, 0, 0])
+    wanted = known_predictions(deployment, loop, own, points)
+    model = "predictOpen" if loop == "arrival_rate" else "predictClosed"
+    moments = "momentsMeasured(k)" if own else "momentsConstant(k,alpha)"
+    ask = f"function ask(p,load,k,alpha,a,b,c){{return {model}(p,load,k,...{moments},a,b,c);}}"
+    texts = [browser_functions(deployment, largest) + "\n" + ask] + [""] * (count - 1)
+    parameters = parameter_values(deployment.serving)
+    got = run_node([(text, "ask", [parameters, *point]) for text, point in zip(texts, points, strict=True)])
+    assert 0 < np.asarray(wanted["saturated"]).sum() + (loop == "concurrency") < count
+    for place, output in enumerate(OUTPUTS):
+        values = [leaves[place][0] for leaves in got]
+        np.testing.assert_allclose(values, np.asarray(wanted[output], float), rtol=1e-9, atol=1e-12, err_msg=output)
 
 
 # --- what the page holds ----------------------------------------------------------------------------------------------
 
 
-def test_the_answer_is_plain_data_and_the_page_small_and_alone(page, deployment):
-    path, answer = page
-    keys = "deployment facts form measured plain_measured acceptance parameters quality untold warnings rows sliders"
-    assert [*keys.split(), "outputs", "draws", "provenance", "page"] == list(answer)
+def test_the_page_is_small_and_alone(page):
+    path, data = page
     text = path.read_text(encoding="utf-8")
-    assert answer["page"] == {"path": str(path), "bytes": len(text.encode())} and len(text) < 300_000
+    assert len(text) < 300_000
     for outside in ("http:", "https:", "src=", "@import", "url("):
-        assert outside not in text.replace("http://www.w3.org/2000/svg", ""), outside
+        assert outside not in text.replace("http://www.w3.org/2000/svg", "").replace("url(#", ""), outside
     assert "default-src 'none'" in text and "the trace does not tell &lt;kv_read&gt; &amp; more" in text
     assert text.count("</script>") == 1, "data must not end the script"
-    for told in ("a warning of the fit", answer["provenance"]["model_sha256"], "0" * 64, "diffspec report", "jax "):
+    for told in ("a warning of the fit", data["provenance"]["model_sha256"], "0" * 64, "diffspec report", "jax 1"):
         assert told in text
-    assert {row["part"] for row in answer["rows"]} == {"fitted", "held out"} and len(answer["rows"]) == 27
-    assert files_in(path.parent) == {"model.json", "report.html"}
+    assert (
+        "function predictOpen(a0,a1,a2,a3,a4,a5,a6,a7)" in text
+    )  # parameters, load, draft length, moments, lengths, cap
 
 
-def test_without_rows_draws_or_plain_rows_the_page_says_so():
-    toy = toy_deployment(draft_lengths=[2, 4])
+def test_the_command_line_says_what_the_page_holds(tmp_path):
+    model = toy_model(tmp_path / "model.json")
+    ran = run("report", model, TRACE, "--out", tmp_path / "report.html", "--json")
+    assert ran.code == 0, ran.err
+    answer, text = json.loads(ran.out), (tmp_path / "report.html").read_text(encoding="utf-8")
+    keys = "deployment facts form measured plain_measured acceptance parameters quality untold warnings rows sliders"
+    assert [*keys.split(), "outputs", "draws", "provenance", "page"] == list(answer)
+    assert answer["page"] == {"path": str(tmp_path / "report.html"), "bytes": len(text.encode())}
+    assert {row["part"] for row in answer["rows"]} == {"fitted"} and len(answer["rows"]) == 27
+    assert answer["draws"] is None and "no intervals: the model has none" in text
+    assert f"diffspec report {model} {TRACE} --out" in text
+    assert files_in(tmp_path) == {"model.json", "report.html"}
+
+
+def test_without_rows_a_cap_or_plain_rows_the_page_says_so():
+    toy, _ = of_form("uncapped")
+    toy = dataclasses.replace(toy, measured=toy.measured | {"draft_lengths": [2, 4]})
     model = FittedModel({"toy": toy}, "0" * 64, {})
     text = page_html(page_data(model, toy), toy)
-    assert "No measured rows were given" in text and "no intervals: the model has none" in text
+    assert "No measured rows were given" in text and "Batch cap" not in text
     assert "what speculation gains is not known" in text
 
 
@@ -174,7 +208,7 @@ def test_nice(value, wanted):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """A headless Chromium of the distribution's; Selenium is told where it and its driver are, and downloads nothing."""
+    """A headless Chromium of the distribution's. Selenium is told where it and its driver are: it downloads nothing."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (pip install '.[test]')")
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("needs chromium and chromedriver (apt-get install chromium chromium-driver), which are absent")
@@ -226,52 +260,76 @@ def curve(browser, name):
 
 def test_it_loads_without_errors_and_without_the_network(opened):
     wanted = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
-    requests = [m["params"]["request"]["url"] for m in wanted if m["method"] == "Network.requestWillBeSent"]
-    assert requests and all(url.startswith(("file:", "data:")) for url in requests), requests
+    sent = [m["params"] for m in wanted if m["method"] == "Network.requestWillBeSent"]
+    requests = {entry["request"]["url"] for entry in sent if entry["documentURL"] == opened.current_url}
+    assert requests <= {opened.current_url, "data:,"} and opened.current_url in requests
     assert opened.get_log("browser") == []
     assert opened.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert len(opened.find_elements("css selector", "#curves path")) >= 3  # two curves and a band
-    assert len(opened.find_elements("css selector", "#parity circle")) == 27
+    assert len(opened.find_elements("css selector", "#parity circle")) == 12
+    assert opened.find_element("id", "parity-words").text == "11 of 12 measured values lie inside their 90 % intervals."
 
 
 QUESTIONS = [
-    {"arrival_rate": 2.0, "draft_length": 4, "own": True, "prompt_length": 64, "output_length": 64, "max_batch_size": 64},
-    {"arrival_rate": 5.0, "draft_length": 2, "own": False, "acceptance_rate": 0.6, "prompt_length": 200, "max_batch_size": 8},
-    {"arrival_rate": 1.0, "draft_length": 0, "own": False, "output_length": 200, "max_batch_size": 100},
-]  # fmt: skip
+    dict(arrival_rate=2.0, draft_length=4, own=True, prompt_length=64, output_length=64, max_batch_size=64),
+    dict(arrival_rate=5.0, draft_length=2, own=False, acceptance_rate=0.6, prompt_length=200, max_batch_size=8),
+    dict(arrival_rate=1.0, draft_length=0, own=False, output_length=200, max_batch_size=100),
+]
+
+
+def by_the_model(deployment, q, loads, lengths, acceptance=None):
+    """End-to-end latencies [s] of draft lengths (rows) at loads (columns) that :func:`draw_curves` has, for a question
+    of the page; NaN where saturated."""
+    defaults = deployment.defaults | {"max_batch_size": float(q["cap"])}
+    found = draw_curves(
+        dataclasses.replace(deployment, defaults=defaults),
+        lengths,
+        prompt_length=float(q["prompt"]),
+        output_length=float(q["output"]),
+        arrival_rates=np.asarray(loads),
+        acceptance=acceptance or ConstantAcceptance(jnp.asarray(float(q["acceptance"]))),
+    )
+    return found["arrival_rate"].values["e2e_latency"]
 
 
 @pytest.mark.parametrize("asked", QUESTIONS, ids=lambda q: f"k{q['draft_length']}")
-def test_sliders_change_the_curves_to_what_predict_says(opened, deployment, asked):
-    ask(opened, arrival_rate=asked["arrival_rate"])
+def test_sliders_change_the_curves_to_what_the_model_says(opened, deployment, asked):
     ask(opened, **asked)
     q = opened.execute_script("return question()")
-    config = deployment.configuration(
-        float(q["k"]),
-        acceptance=deployment.acceptance if q["own"] else ConstantAcceptance(float(q["acceptance"])),
-        max_batch_size=float(q["cap"]),
+    assert q["load"] == asked["arrival_rate"] and q["k"] == asked["draft_length"]
+    plain = curve(opened, "plain")
+    fast = curve(opened, "speculative") if q["k"] else plain
+    wanted = by_the_model(
+        deployment, q, [load for load, _ in plain], [q["k"], 0], deployment.acceptance if q["own"] else None
+    )[0]
+    got = np.array([value for _, value in fast], dtype=float)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    assert np.isfinite(wanted).sum() > 20
+    told = deployment.hull(
+        q["k"], {"arrival_rate": q["load"], "prompt_length": q["prompt"], "output_length": q["output"]}
     )
+    beyond = opened.execute_script("return [...document.querySelectorAll('#hull li')].map(e => e.textContent)")
+    assert len(beyond) == len(told["outside_measured"]), (beyond, told)
+    shown = opened.execute_script("return document.getElementById('hull-box').dataset.inside")
+    assert (shown == "true") == told["inside_measured"]
 
-    def answer(load, **more):
-        workload = Workload(float(q["prompt"]), float(q["output"]), arrival_rate=float(load))
-        return predict_answer(deployment, workload, config, **more)
 
-    fast, plain = curve(opened, "speculative" if q["k"] else "plain"), curve(opened, "plain")
-    for index in (0, 7, 20, 33):
-        told = answer(fast[index][0], with_intervals=False)
-        for value, wanted in ((fast[index][1], told["e2e_latency"]), (plain[index][1], told["plain"]["e2e_latency"])):
-            assert value == (wanted if wanted is None else pytest.approx(wanted, rel=1e-6))
-    told = answer(q["load"])
+def test_the_answer_and_its_intervals_are_those_of_predict(opened, deployment):
+    ask(opened, **QUESTIONS[0])
+    got = opened.execute_script("const q = question(); return predict(q, q.load, q.k)")
     edges = opened.execute_script("return intervalsAt(question(), ['e2e_latency', 'ttft', 'tpot'])")
+    told = predict_answer(deployment, Workload(64.0, 64.0, arrival_rate=2.0), deployment.configuration(4.0))
+    for name in FIELDS:
+        assert got[OUTPUTS.index(name)] == pytest.approx(told[name], rel=1e-6, abs=1e-9)
+    gain = opened.execute_script("const q = question(); return speedup(q, q.load, q.k)")
+    assert gain == pytest.approx(told["speedup"], rel=1e-6)
     for name, (low, high) in zip(("e2e_latency", "ttft", "tpot"), edges, strict=True):
         wanted = told["intervals"]["metrics"][name]
         assert (low, high) == pytest.approx((wanted["low"], wanted["high"]), rel=1e-6)
-    beyond = opened.execute_script("return outside(question())")
-    assert len(beyond) == len(told["outside_measured"]), (beyond, told["outside_measured"])
-    shown = opened.execute_script("return document.getElementById('hull-box').dataset.inside")
-    assert (shown == "true") == told["inside_measured"]
-    stages = opened.execute_script("return [...document.querySelectorAll('#stage-values tr')].map(r => r.textContent)")
-    assert len(stages) == len(STAGES)
+    words = opened.find_element("id", "answer-words").text
+    assert f"{told['speedup']:.3g} times as fast as without" in words or "slower than without" in words
+    rows = opened.execute_script("return [...document.querySelectorAll('#stage-values tr')].map(r => r.textContent)")
+    assert len(rows) == len(STAGES)
 
 
 def test_policy_and_break_even_are_the_models_own(opened, deployment):
@@ -279,25 +337,16 @@ def test_policy_and_break_even_are_the_models_own(opened, deployment):
     ask(opened, arrival_rate=2.0, draft_length=3, own=False, acceptance_rate=0.7, prompt_length=64, output_length=64)
     ask(opened, max_batch_size=64)
     points = opened.execute_script("return loadsOf(question(), 9).map(load => best(question(), load))")
-    rates = np.asarray([point["load"] for point in points])
-    curves = draw_curves(
-        deployment,
-        range(9),
-        prompt_length=64.0,
-        output_length=64.0,
-        arrival_rates=rates,
-        acceptance=ConstantAcceptance(jnp.asarray(0.7)),
-    )["arrival_rate"]
-    latency = curves.values["e2e_latency"]
+    q = opened.execute_script("return question()")
+    latency = by_the_model(deployment, q, [point["load"] for point in points], range(9))
     for column, point in enumerate(points):
         alive = np.isfinite(latency[:, column])
         assert point["k"] == (int(np.nanargmin(latency[:, column])) if alive.any() else None)
     contour = [(load, a) for load, a in curve(opened, "breakeven") if a is not None]
     assert len(contour) > 10
     for load, a in contour[:: len(contour) // 4]:
-        config = deployment.configuration(3.0, acceptance=ConstantAcceptance(a))
-        told = predict_answer(deployment, Workload(64.0, 64.0, arrival_rate=load), config, with_intervals=False)
-        assert told["speedup"] == pytest.approx(1.0, abs=1e-6)
+        fast, plain = by_the_model(deployment, q, [load], [3, 0], ConstantAcceptance(jnp.asarray(a)))[:, 0]
+        assert plain / fast == pytest.approx(1.0, abs=1e-6)
 
 
 def test_a_closed_loop_is_asked_by_its_own_slider(opened, deployment):
@@ -305,10 +354,11 @@ def test_a_closed_loop_is_asked_by_its_own_slider(opened, deployment):
     ask(opened, concurrency=12, draft_length=4, own=True, max_batch_size=64)
     assert opened.find_element("id", "concurrency").is_displayed()
     assert not opened.find_element("id", "arrival_rate").is_displayed()
-    points, config = curve(opened, "speculative"), deployment.configuration(4.0)
-    for load, value in points[::13]:
-        told = predict_answer(deployment, Workload(64.0, 64.0, concurrency=load), config, with_intervals=False)
-        assert value == pytest.approx(told["e2e_latency"], rel=1e-6)
+    points = curve(opened, "speculative")
+    found = draw_curves(
+        deployment, [4], prompt_length=64.0, output_length=64.0, concurrencies=np.array([load for load, _ in points])
+    )["concurrency"]
+    np.testing.assert_allclose([value for _, value in points], found.of("e2e_latency", 4), rtol=1e-6)
     opened.find_element("css selector", "input[value=arrival_rate]").click()
     settled(opened)
 
@@ -316,7 +366,8 @@ def test_a_closed_loop_is_asked_by_its_own_slider(opened, deployment):
 def test_the_keyboard_is_enough(opened):
     from selenium.webdriver.common.keys import Keys
 
-    opened.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
+    opened.refresh()
+    settled(opened)
     body = opened.find_element("tag name", "body")
     body.send_keys(Keys.TAB)
     reached = []
@@ -358,11 +409,13 @@ const found = [];
 const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
 while (walker.nextNode()) {
   const node = walker.currentNode, element = node.parentElement;
-  if (!node.textContent.trim() || !element.checkVisibility() || element.closest("script,style,title,:disabled")) continue;
+  if (!node.textContent.trim() || !element.checkVisibility()) continue;
+  if (element.closest("script,style,title,:disabled")) continue;
   if (element.tagName === "OPTION" || element.closest(".skip")) continue;
   const style = getComputedStyle(element), drawn = element.closest("svg") !== null;
+  const clear = (e) => getComputedStyle(e).backgroundColor === "rgba(0, 0, 0, 0)";
   let ground = element;
-  while (ground && ["rgba(0, 0, 0, 0)", "transparent"].includes(getComputedStyle(ground).backgroundColor)) ground = ground.parentElement;
+  while (ground && clear(ground)) ground = ground.parentElement;
   found.push([node.textContent.trim().slice(0, 30), drawn ? style.fill : style.color,
               ground ? getComputedStyle(ground).backgroundColor : "rgb(255, 255, 255)", parseFloat(style.fontSize)]);
 }
