@@ -92,7 +92,7 @@ def of_form(name):
     return dataclasses.replace(toy, form="roofline", serving=serving, defaults=toy.defaults | more), 128.0
 
 
-def known_predictions(deployment, loop, own, points):
+def known_predictions(deployment, own, points):
     """What :meth:`ServingModel.predict` says at points (load, k, acceptance, prompt, output, cap), by output."""
     serving = dataclasses.replace(deployment.serving, waiting_states=128)
 
@@ -100,7 +100,7 @@ def known_predictions(deployment, loop, own, points):
         acceptance = deployment.acceptance if own else ConstantAcceptance(alpha)
         capped = None if deployment.defaults.get("max_batch_size") is None else cap
         config = deployment.configuration(k, acceptance=acceptance, max_batch_size=capped)
-        found = serving.predict(Workload(prompt, output, **{loop: load}), config)
+        found = serving.predict(Workload(prompt, output, arrival_rate=load), config)
         parts = {stage: found.decomposition[stage] for stage in STAGES}
         split = {
             f"{s}_{p}": getattr(part, f"load_{p}") for s, part in parts.items() for p in ("independent", "dependent")
@@ -113,15 +113,8 @@ def known_predictions(deployment, loop, own, points):
 
 
 @needs_node
-@pytest.mark.parametrize(
-    ("name", "loop", "own"),
-    [
-        ("roofline", "arrival_rate", True),
-        ("roofline", "concurrency", False),
-        ("experts", "arrival_rate", False),
-    ],
-)
-def test_predictions_in_javascript_are_those_of_the_model(name, loop, own):
+@pytest.mark.parametrize(("name", "own"), [("roofline", True), ("experts", False)])
+def test_predictions_in_javascript_are_those_of_the_model(name, own):
     """To 1e-9 relative, every output, at random loads (some saturate), draft lengths, lengths and caps."""
     deployment, largest = of_form(name)
     rng, count = np.random.default_rng(3), 40
@@ -129,15 +122,14 @@ def test_predictions_in_javascript_are_those_of_the_model(name, loop, own):
         *(rng.uniform(0.2, 9.0, count), rng.choice([0.0, 1.0, 2.0, 3.5, 5.0], count), rng.uniform(0.05, 0.98, count)),
         *(rng.uniform(10, 300, count), rng.uniform(1.5, 200, count), rng.integers(2, 100, count).astype(float)),
     )
-    points = np.stack(columns, axis=1) + np.array([float(loop == "concurrency"), 0, 0, 0, 0, 0])
-    wanted = known_predictions(deployment, loop, own, points)
-    model = "predictOpen" if loop == "arrival_rate" else "predictClosed"
+    points = np.stack(columns, axis=1)
+    wanted = known_predictions(deployment, own, points)
     moments = "momentsMeasured(k)" if own else "momentsConstant(k,alpha)"
-    ask = f"function ask(p,load,k,alpha,a,b,c){{return {model}(p,load,k,...{moments},a,b,c);}}"
+    ask = f"function ask(p,load,k,alpha,a,b,c){{return predictOpen(p,load,k,...{moments},a,b,c);}}"
     texts = [browser_functions(deployment, largest) + "\n" + ask] + [""] * (count - 1)
     parameters = parameter_values(deployment.serving)
     got = run_node([(text, "ask", [parameters, *point]) for text, point in zip(texts, points, strict=True)])
-    assert 0 < np.asarray(wanted["saturated"]).sum() + (loop == "concurrency") < count
+    assert 0 < np.asarray(wanted["saturated"]).sum() < count
     for place, output in enumerate(OUTPUTS):
         values = [leaves[place][0] for leaves in got]
         np.testing.assert_allclose(values, np.asarray(wanted[output], float), rtol=1e-9, atol=1e-12, err_msg=output)

@@ -23,6 +23,7 @@ def translate(name: str, function: Callable, *arguments: Any) -> str:
 
     >>> print(translate("double", lambda x: 2.0 * x + 1.0, 3.0))
     function double(a0){
+    const v1=(2*a0)+1;
     return [v1];
     }
     """
