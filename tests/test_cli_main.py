@@ -22,7 +22,19 @@ from diffspec.results import InputError, NoResultError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRACE = REPOSITORY / "data" / "vllm_cpu_quiet.csv"
-COMMANDS = ("check", "demo", "design", "evaluate", "fit", "optimize", "policy", "predict", "sensitivity", "size")
+COMMANDS = (
+    "check",
+    "demo",
+    "design",
+    "evaluate",
+    "fit",
+    "optimize",
+    "policy",
+    "predict",
+    "report",
+    "sensitivity",
+    "size",
+)
 
 
 class Ran(NamedTuple):

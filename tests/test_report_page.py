@@ -167,11 +167,18 @@ def test_the_command_line_says_what_the_page_holds(tmp_path):
     assert files_in(tmp_path) == {"model.json", "report.html"}
 
 
-def test_without_rows_a_cap_or_plain_rows_the_page_says_so():
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A page of the least that a model can know: no cap, no rows, no draws, no row without speculation, no rates."""
     toy, _ = of_form("uncapped")
-    toy = dataclasses.replace(toy, measured=toy.measured | {"draft_lengths": [2, 4]})
-    model = FittedModel({"toy": toy}, "0" * 64, {})
-    text = page_html(page_data(model, toy), toy)
+    toy = dataclasses.replace(toy, measured=toy.measured | {"draft_lengths": [2, 4], "arrival_rate": None})
+    path = tmp_path_factory.mktemp("bare") / "report.html"
+    path.write_text(page_html(page_data(FittedModel({"toy": toy}, "0" * 64, {}), toy), toy), encoding="utf-8")
+    return path
+
+
+def test_without_rows_a_cap_or_plain_rows_the_page_says_so(bare):
+    text = bare.read_text(encoding="utf-8")
     assert "No measured rows were given" in text and "Batch cap" not in text
     assert "what speculation gains is not known" in text
 
@@ -463,7 +470,20 @@ def test_in_print_controls_go_and_their_values_stay(opened):
         emulate(opened)
 
 
-def test_a_prediction_takes_under_30_ms_and_nothing_went_wrong(opened):
+def test_the_barest_page_works_too(browser, bare):
+    browser.get(bare.as_uri())
+    settled(browser)
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return question().loop") == "concurrency"
+    assert browser.find_element("id", "answer-speedup").text == "not known"
+    ask(browser, concurrency=3, draft_length=0, own=False)
+    assert browser.get_log("browser") == []
+    assert "no row without speculation" in browser.find_element("id", "hull").text
+
+
+def test_a_prediction_takes_under_30_ms_and_nothing_went_wrong(opened, page):
+    opened.get(page[0].as_uri())
+    settled(opened)
     took = opened.execute_script(
         "const q=question(), t=performance.now(); for (let n=0;n<200;n++) predict(q, q.load, q.k); "
         "return (performance.now()-t)/200"

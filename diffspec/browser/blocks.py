@@ -143,7 +143,10 @@ def _inline(closed: Any, inputs: Sequence[Atom], scope: _Scope) -> list[Atom]:
     known |= {var: Constant(np.asarray(value)) for var, value in zip(jaxpr.constvars, consts, strict=True)}
 
     def read(atom: Any) -> Atom:
-        return Constant(np.asarray(atom.val, dtype=atom.aval.dtype)) if isinstance(atom, Literal) else known[atom]
+        if not isinstance(atom, Literal):
+            return known[atom]
+        aval: Any = atom.aval
+        return Constant(np.asarray(atom.val, dtype=aval.dtype))
 
     for equation in jaxpr.eqns:
         found = _equation(equation, [read(atom) for atom in equation.invars], scope)

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,7 +71,7 @@ def page_data(
 
 def _parts(model: FittedModel, deployment: FittedDeployment, trace: Trace, all_rows: bool) -> Sequence[ScoredPart]:
     """The deployment's rows; a trace of one deployment is that of a model of one, whatever their names."""
-    if len(model.deployments) == 1 and trace.frame["deployment"].nunique() == 1:
+    if len(model.deployments) == 1 and len(set(trace.frame["deployment"])) == 1:
         trace = replace(trace, frame=trace.frame.assign(deployment=deployment.name))
     held_out = deployment.quality.get("holdout", {}).get("expression")
     return fitted_and_held_out(deployment, trace, held_out, all_rows=all_rows)
@@ -126,7 +126,7 @@ def _slider(low: float, high: float, step: float, value: float) -> dict[str, flo
     return {"min": low, "max": high, "step": step, "value": round(min(max(value, low), high), decimals)}
 
 
-def _capacity(deployment: FittedDeployment, middle: dict[str, float]) -> float:
+def _capacity(deployment: FittedDeployment, middle: Mapping[str, float]) -> float:
     """Capacity [req/s] without speculation at the lengths in the middle."""
     cap = deployment.defaults.get("max_batch_size")
     config = Configuration(max_batch_size=cap, kv_capacity_tokens=deployment.defaults.get("kv_capacity_tokens"))

@@ -34,6 +34,10 @@ function duration(seconds) {
   return seconds < 1 ? `${significant(1000 * seconds)} ms` : `${significant(seconds)} s`;
 }
 
+function percent(share) {
+  return share < 5e-4 ? "0 %" : `${significant(100 * share)} %`;
+}
+
 // A chart in an <svg>: x and y are {low, high, label}; what is drawn stays inside the axes. Its size is that of the page,
 // so that letters are as large on a phone as on a desk.
 class Chart {

@@ -44,7 +44,7 @@ function drawAnswer(q) {
     e2e_latency: duration(metric(answer, "e2e_latency")), ttft: duration(metric(answer, "ttft")),
     tpot: duration(metric(answer, "tpot")), throughput: `${significant(answer[AT.throughput])} req/s`,
     effective_batch_size: significant(metric(answer, "effective_batch_size")), capacity: answer[AT.capacity] < 1e12 ? `${significant(answer[AT.capacity])} req/s` : "unbounded",
-    utilization: `${significant(100 * answer[AT.utilization])} %`, tokens_per_step: significant(answer[AT.tokens_per_step]),
+    utilization: percent(answer[AT.utilization]), tokens_per_step: significant(answer[AT.tokens_per_step]),
     speedup: gain === null ? (q.k === 0 ? "–" : "not known") : gain === Infinity ? "only speculation serves" : `${significant(gain)}×`,
   };
   for (const [name, text] of Object.entries(cells)) byId(`answer-${name}`).textContent = text;
@@ -112,10 +112,10 @@ function drawStages(q, curves) {
   chart.upright(q.load, "asked", "");
   const now = predict(q, q.load, q.k), total = now[AT.e2e_latency];
   const shares = STAGES.map((stage) => [stage, now[AT[`${stage}_independent`]], now[AT[`${stage}_dependent`]]]);
-  fillTable("stage-values", shares.map(([stage, alone, added]) => [stage, duration(alone), duration(added), `${significant((100 * (alone + added)) / total)} %`]));
+  fillTable("stage-values", shares.map(([stage, alone, added]) => [stage, duration(alone), duration(added), percent((alone + added) / total)]));
   const [most_stage] = shares.map(([stage, alone, added]) => [stage, alone + added]).sort((a, b) => b[1] - a[1]);
   const loaded = shares.reduce((sum, [, , added]) => sum + added, 0) / total;
-  const words = now[AT.saturated] ? "Saturated: no latency is finite." : `${significant((100 * most_stage[1]) / total)} % of the latency is ${most_stage[0]}; ${significant(100 * loaded)} % of all of it is there only because of the load.`;
+  const words = now[AT.saturated] ? "Saturated: no latency is finite." : `${percent(most_stage[1] / total)} of the latency is ${most_stage[0]}; ${percent(loaded)} of all of it is there only because of the load.`;
   byId("stage-words").textContent = words;
   byId("stages").setAttribute("aria-label", `Latency by stage over load. ${words}`);
 }
@@ -150,7 +150,7 @@ function* drawPolicy(q, loads) {
   });
   chart.line(steps, "spec").id = "curve-policy";
   chart.upright(q.load, "asked", "");
-  const gain = ({ k, low, high }) => (!DATA.plain_measured ? "not known" : k === 0 || k === null ? "–" : high === Infinity ? `${significant(low)}× and more` : `${significant(low)} to ${significant(high)}×`);
+  const gain = ({ k, low, high }) => (!DATA.plain_measured ? "not known" : k === 0 || k === null ? "–" : low === Infinity ? "only speculation serves" : high === Infinity ? `${significant(low)}× and more` : `${significant(low)} to ${significant(high)}×`);
   const known = DATA.measured.draft_lengths, within = (k) => Math.min(...known) <= k && k <= Math.max(...known);
   const told = (k) => (k === null ? "every one saturates" : within(k) ? String(k) : `${k} (longer than measured)`);
   fillTable("policy-values", ranges(q, points).map((range) => [`${significant(range.from)} to ${significant(range.to)}`, told(range.k), gain(range)]));
