@@ -463,6 +463,7 @@ def test_in_print_controls_go_and_their_values_stay(opened):
         shown = "return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility()).length"
         assert opened.execute_script(shown, "input, select") == 0
         assert opened.execute_script(shown, "output") >= 5
+        assert opened.execute_script(shown, ".choice") == opened.execute_script(shown, ".choice:has(:checked)") > 0
         assert opened.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert [entry for entry in opened.execute_script(TEXTS) if contrast(entry[1], entry[2]) < 4.5] == []
         assert len(opened.print_page()) > 10_000

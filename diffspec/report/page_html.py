@@ -120,8 +120,8 @@ def _header(data: dict[str, Any]) -> str:
     told = f"; mean error on them {percent(error['mape'])}" if error else ""
     return f"""<header>
 <h1>{escape(data["deployment"])}</h1>
-<p>What this server's latency is at any load, where speculative decoding pays, and which draft length to use: a
-{escape(data["form"])} latency model fitted to {quality.get("rows", 0)} measured operating points{told}. Everything on
+<p>What this server's latency is at any load, where speculative decoding pays, and which draft length to use: the
+{escape(data["form"])} latency model, fitted to {quality.get("rows", 0)} measured operating points{told}. Everything on
 this page is computed here, by the fitted model.</p>
 <ul class="facts">{facts}</ul>
 </header>"""
