@@ -5,6 +5,7 @@ used, so that ``import diffspec`` stays fast. Precision: set ``jax.config.update
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -296,3 +297,27 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
+
+
+_IN_NOTEBOOKS = (
+    ("diffspec.fitting.deployment", "FittedModel", "model_html"),
+    ("diffspec.fitting.deployment", "FittedDeployment", "deployment_html"),
+    ("diffspec.prediction", "Prediction", "prediction_html"),
+    ("diffspec.optimizing.policy_answer", "PolicyAnswer", "policy_html"),
+)
+
+
+def _show_in_notebooks() -> None:
+    """Tell IPython, where it runs, to show answers as tables (:mod:`diffspec.report.notebook`, loaded when one is)."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is None:
+        return
+    for module, name, function in _IN_NOTEBOOKS:
+
+        def show(value, function=function):
+            return getattr(importlib.import_module("diffspec.report.notebook"), function)(value)
+
+        shell.display_formatter.formatters["text/html"].for_type_by_name(module, name, show)
+
+
+_show_in_notebooks()

@@ -32,6 +32,7 @@ COMMANDS = (
     "optimize",
     "policy",
     "predict",
+    "report",
     "sensitivity",
     "size",
 )

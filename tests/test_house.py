@@ -28,7 +28,7 @@ LAYERS = (
     ),
     ("request_mix", "prediction", "steady_state", "break_even", "finite_runs", "waiting", "simulating"),
     ("serving", "latency_distribution", "traces", "datasets"),
-    ("percentiles", "collecting", "fitting", "analysis", "optimizing", "boundaries"),
+    ("percentiles", "collecting", "fitting", "analysis", "optimizing", "boundaries", "browser"),
     ("report", "demo"),
     ("cli",),
     ("__init__",),
@@ -132,7 +132,7 @@ def annotations_are_evaluated(package: Path) -> list[str]:
 def modules_are_short(package: Path) -> list[str]:
     return [
         f"{path.relative_to(package.parent)}: {lines} lines, at most {MAX_LINES}"
-        for path in sorted(package.rglob("*.py"))
+        for path in sorted(path for suffix in ("py", "js", "css") for path in package.rglob(f"*.{suffix}"))
         if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
     ]
 
@@ -174,6 +174,7 @@ BAD_TREES = [
     (nothing_prints, {"simulating/engine.py": "x = 1\nprint(x)"}, "engine.py:2: print()"),
     (annotations_are_evaluated, {"workload.py": "from __future__ import annotations"}, "workload.py:1"),
     (modules_are_short, {"workload.py": "x = 1\n" * (MAX_LINES + 1)}, f"{MAX_LINES + 1} lines"),
+    (modules_are_short, {"report/page.js": "x = 1\n" * (MAX_LINES + 1)}, f"{MAX_LINES + 1} lines"),
 ]
 
 

@@ -25,7 +25,9 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="CURVE.JSON", help="Write the curve for --acceptance.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it to FILE (PNG).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it to FILE: SVG if it ends so, else PNG.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure conditional acceptance at each draft position, with intervals, and whether it falls along the draft.
@@ -50,6 +52,6 @@ def command(
         from diffspec.report import figures
 
         check_target(plot, tuple(files))
-        contents[plot] = figures.png(figures.acceptance(answer["groups"]))
+        contents[plot] = figures.picture(figures.acceptance(answer["groups"]), plot)
     note(answer["warnings"], "warning")
     deliver(answer, trace_tables.acceptance, as_json=as_json, files=contents, inputs=tuple(files))

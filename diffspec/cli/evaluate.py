@@ -41,5 +41,5 @@ def command(
         from diffspec.report import figures, measured
 
         parts = measured.scored_by_deployment(fitted, trace, all_rows=all_rows)
-        files[plot] = figures.png(figures.against_measured(parts, "model against measurements"))
+        files[plot] = figures.picture(figures.against_measured(parts, "model against measurements"), plot)
     deliver(answer, tables.evaluation, as_json=as_json, out=out, files=files, inputs=(model, *traces))

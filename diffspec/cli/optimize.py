@@ -127,7 +127,7 @@ def command(
     if plot is not None:
         from diffspec.report import figures
 
-        files[plot] = figures.png(figures.policy(answer))
+        files[plot] = figures.picture(figures.policy(answer), plot)
 
     def show(told):
         yield from tables.policy(told)

@@ -38,7 +38,9 @@ TracePaths = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout (times in seconds).")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write the answer to FILE, as JSON.")]
-PlotPath = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it to FILE (PNG).")]
+PlotPath = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it to FILE: SVG if it ends so, else PNG.")
+]
 Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="A column for every row, such as draft_length=4; repeatable."),

@@ -158,7 +158,7 @@ def command(
     if plot is not None and answer["contexts"]:
         from diffspec.report import figures, policy_figures
 
-        files[plot] = figures.png(policy_figures.load_policy(answer))
+        files[plot] = figures.picture(policy_figures.load_policy(answer), plot)
     show = partial(policy_tables.load_policy, with_files=out_dir is None)
     deliver(answer, show, as_json=as_json, out=out, files=files, inputs=subject.inputs)
     if answer["outcome"] != "successful":

@@ -52,7 +52,7 @@ def command(
     if plot is not None:
         from diffspec.report import figures
 
-        files[plot] = figures.png(figures.elasticities(answer))
+        files[plot] = figures.picture(figures.elasticities(answer), plot)
     deliver(answer, tables.sensitivities, as_json=as_json, out=out, files=files, inputs=subject.inputs)
     if answer["outcome"] in ("saturated", "does_not_fit"):
         raise typer.Exit(1)

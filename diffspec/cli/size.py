@@ -129,7 +129,7 @@ def command(
     if plot is not None:
         from diffspec.report import figures
 
-        files[plot] = figures.png(sizing.sizing_figure(answer))
+        files[plot] = figures.picture(sizing.sizing_figure(answer), plot)
     deliver(answer, sizing.sizing, as_json=as_json, out=out, files=files, inputs=(*subject.inputs, *listed))
     if answer["outcome"] != "successful":
         raise typer.Exit(1)

@@ -25,6 +25,7 @@ from diffspec.optimizing.limits import check_question, parse_limit
 from diffspec.optimizing.optimize import on_captured_sizes
 from diffspec.optimizing.policy_answer import (
     Asked,
+    PolicyAnswer,
     add_break_even,
     advice,
     band_entries,
@@ -166,7 +167,7 @@ def policy(
     outside: list[dict[str, Any]] = []
     for load in entries:
         outside += [told for told in load.pop("outside_measured") if told not in outside]
-    return {
+    told = {
         "outcome": outcome,
         "objective": objective,
         "limits": [limit.text for limit in asked.limits],
@@ -184,6 +185,7 @@ def policy(
         "outside_measured": outside,
         "warnings": _caveats(deployment, contexts, asked, acceptance),
     }
+    return PolicyAnswer(told)
 
 
 def _buckets(prompt, contexts, output: float, scv: float) -> list[tuple[float | None, float]]:

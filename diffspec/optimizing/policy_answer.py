@@ -26,6 +26,11 @@ AS_GOOD = 1.005
 """A schedule that gains less over one draft length is no better in words."""
 
 
+class PolicyAnswer(dict[str, Any]):
+    """The answer of :func:`diffspec.optimizing.load_policy.policy`, plain data, by a name that notebooks show as tables
+    (:func:`diffspec.report.notebook.policy_html`)."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a policy is asked with; see :func:`policy`."""

@@ -2,9 +2,11 @@
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -39,6 +41,16 @@ def png(figure: Figure) -> bytes:
     """The figure as PNG, 150 dots per inch."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def picture(figure: Figure, path: Path) -> bytes:
+    """The figure as its file's ending asks: SVG for .svg (the same bytes for the same figure), PNG for any other."""
+    if path.suffix.lower() != ".svg":
+        return png(figure)
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "diffspec", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 
