@@ -338,7 +338,7 @@ def test_sensitivity_keeps_the_contract(model, tmp_path):
     assert answer["metric"] == "e2e_mean" and answer["value"] > 0
     rows = answer["elasticities"]
     assert all({"name", "kind", "elasticity"} <= set(row) for row in rows)
-    assert {row["kind"] for row in rows} == {"parameter", "workload"}
+    assert {row["kind"] for row in rows} == {"parameter", "workload", "configuration"}
     sizes = [abs(row["elasticity"]) for row in rows]
     assert sizes == sorted(sizes, reverse=True)
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")

@@ -1,48 +1,75 @@
 """What moves a metric: exact elasticities d log(metric)/d log(input), through the equilibrium's implicit derivative."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
-from diffspec.analysis.answers import METRICS
 from diffspec.analysis.before_traces import DOES_NOT_FIT, Unmeasured
+from diffspec.analysis.inputs import WORKLOAD_UNITS, Inputs, Point, inputs_of
 from diffspec.analysis.intervals import NO_INTERVALS, each, spread
+from diffspec.analysis.metrics import EXPLAINED, Metric, metric_of, slopes_at
 from diffspec.analysis.plain import FAST_COMPILE, as_floats, enough_states, finite
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.uncertainty import DRAWS, LEVEL
-from diffspec.parameters import get_parameters, parameter_infos, set_parameters
+from diffspec.prediction import Prediction
 from diffspec.results import InputError, outcome_name
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
 
-WORKLOAD_UNITS = {
-    "arrival_rate": "req/s",
-    "concurrency": "req",
-    "prompt_length": "tok",
-    "output_length": "tok",
-    "arrival_scv": "1",
-}
+SLOW_DRAWS = 16
+"""Draws behind the intervals of percentiles and roots, which take their time one by one."""
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
-def _elasticities(metric: str, serving: ServingModel, workload: Workload, config: Configuration):
-    def log_metric(log_parameters, log_fields):
-        model = set_parameters(serving, {path: jnp.exp(value) for path, value in log_parameters.items()})
-        fields = {name: jnp.exp(value) for name, value in log_fields.items()}
-        load = replace(workload, **fields)
-        prediction = model.predict(load, config)
-        return jnp.log(getattr(prediction, METRICS[metric])), prediction
+class Slopes(NamedTuple):
+    """A metric at a point: its ``value``, its derivative by each input's own value, and the prediction there."""
 
-    fields = {name: getattr(workload, name) for name in WORKLOAD_UNITS if getattr(workload, name) is not None}
-    logs = (jax.tree.map(jnp.log, get_parameters(serving)), jax.tree.map(jnp.log, fields))
-    gradients, prediction = jax.grad(log_metric, argnums=(0, 1), has_aux=True)(*logs)
-    return gradients, prediction
+    metric: Metric
+    inputs: Inputs
+    point: Point
+    at: Float[np.ndarray, "inputs"]
+    value: float
+    derivative: Float[np.ndarray, "inputs"]
+    prediction: Prediction
+
+    @property
+    def moves(self) -> bool:
+        """False where the metric has no logarithm, and so no elasticities: 0, unbounded or not there."""
+        return finite(self.value) is not None and self.value > 0
+
+    @property
+    def elasticities(self) -> Float[np.ndarray, "inputs"]:
+        """d log(metric)/d log(input) [inputs]; 0 for an input at 0, nan where there is none."""
+        if not self.moves:
+            return np.full(len(self.at), np.nan)
+        return np.where(self.at == 0, 0.0, self.derivative * self.at / self.value)
+
+    def moved(self, values) -> "Slopes":
+        """The same metric with inputs at other ``values`` [inputs]."""
+        found = slopes_at(self.metric, self.inputs, self.point, values)
+        return Slopes(self.metric, self.inputs, self.point, np.asarray(values), *found)
+
+
+@partial(jax.jit, compiler_options=FAST_COMPILE)
+def _predict(point: Point) -> Prediction:
+    return point.serving.predict(point.workload, point.config)
+
+
+def find_slopes(serving: ServingModel, workload: Workload, config: Configuration, metric: str) -> Slopes:
+    """The derivatives of ``metric`` at a point. Errors: :class:`InputError` for a metric that is not there."""
+    if metric not in EXPLAINED:
+        raise InputError(f"metric: got {metric!r}; allowed: {', '.join(EXPLAINED)}")
+    point = Point(*(as_floats(part) for part in (serving, workload, config)))
+    point = point._replace(serving=enough_states(*point))
+    chosen = metric_of(metric, point, lambda: _predict(point))
+    inputs = inputs_of(point, chosen.without)
+    values = inputs.values(point)
+    return Slopes(chosen, inputs, point, values, *slopes_at(chosen, inputs, point, values))
 
 
 def sensitivity_unmeasured(
@@ -50,25 +77,24 @@ def sensitivity_unmeasured(
 ) -> dict[str, Any]:
     """:func:`sensitivity` of what was not measured, over the draws of what is not known, with ``memory`` and
     ``assumptions``; without elasticities where it does not fit."""
-    answer = sensitivity(subject.deployment, workload, config, metric, draws=subject.models())
-    if not subject.plan.fits:
-        nothing = {"value": None, "outcome": DOES_NOT_FIT, "elasticities": [], "intervals": None}
-        return answer | nothing | subject.told()
-    return answer | subject.told()
+    return sensitivity(subject.deployment, workload, config, metric, draws=subject.models()) | not_fitting(subject)
 
 
-def slope_intervals(
-    models: ServingModel, workload: Workload, config: Configuration, metric: str, names: Sequence[str]
-) -> dict[str, Any]:
+def not_fitting(subject: Unmeasured) -> dict[str, Any]:
+    """What is told of something unmeasured: ``memory`` and ``assumptions``, and no numbers where it does not fit."""
+    nothing = {"value": None, "outcome": DOES_NOT_FIT, "elasticities": [], "intervals": None}
+    return ({} if subject.plan.fits else nothing) | subject.told()
+
+
+def slope_intervals(models: ServingModel, slopes: Slopes, names: Sequence[str]) -> dict[str, Any]:
     """How elasticities vary over a batch of models: ``elasticities[name]`` = low, median, high."""
-    trimmed = (enough_states(model, workload, config) for model in each(models))
-    found = [_elasticities(metric, model, workload, config)[0] for model in trimmed]
-    slopes = {
-        name.removeprefix("step_time."): [float(draw[group][name]) for draw in found]
-        for group in (0, 1)
-        for name in found[0][group]
-    }
-    return {"level": LEVEL, "draws": len(found), "elasticities": {name: spread(slopes[name]) for name in names}}
+    most = None if slopes.metric.family == "means" else SLOW_DRAWS
+    rows = []
+    for model in islice(each(models), most):
+        drawn = slopes.point._replace(serving=enough_states(model, *slopes.point[1:]))
+        rows.append(slopes._replace(point=drawn).moved(slopes.inputs.values(drawn)).elasticities)
+    columns = dict(zip(slopes.inputs.names, np.transpose(rows), strict=True))
+    return {"level": LEVEL, "draws": len(rows), "elasticities": {name: spread(columns[name]) for name in names}}
 
 
 def sensitivity(
@@ -79,63 +105,59 @@ def sensitivity(
     *,
     draws: ServingModel | None = None,
 ) -> dict[str, Any]:
-    """Elasticities of ``metric`` with respect to every positive parameter and workload field, largest first.
+    """Elasticities of ``metric`` with respect to every parameter, workload and configuration field, largest first.
 
-    An elasticity of 0.7 says: 1 % more of the input gives 0.7 % more of the metric. Returns ``{"metric", "value",
-    "outcome", "elasticities": [{"name", "kind", "elasticity", "value", "unit"}], "warnings"}``, kind ``"parameter"`` or
-    ``"workload"``; ``"intervals"`` over ``draws``, by default of what the fit leaves open (parameters alone; None with
-    ``"intervals_reason"`` for a model without draws); ``"inside_measured"`` and ``"outside_measured"``
-    (:mod:`diffspec.fitting.hull`). At saturation the value is None and the elasticities are those at 0.999 of
-    capacity, with a warning. An elasticity that does not exist is None, and a warning says why: all of a metric that is
-    0 or infinite, and those that are not finite.
-    Errors: :class:`InputError` for an unknown metric.
+    ``metric``: a mean, a percentile, the capacity, the break-even rate or the best draft length
+    (:data:`diffspec.analysis.metrics.EXPLAINED`). An elasticity of 0.7 says: 1 % more of the input gives 0.7 % more of
+    the metric. Returns ``{"metric", "value", "outcome", "elasticities": [{"name", "kind", "elasticity", "value",
+    "unit", "gradient"}], "warnings"}``, kind ``"parameter"``, ``"workload"`` or ``"configuration"``, the gradient that
+    by the input's own value [metric/unit], which an input at 0 has too (its elasticity is 0); at a whole draft length
+    measured curves bend, and the derivative is that from above; ``"intervals"`` over ``draws``, by default of what the
+    fit leaves open (parameters alone; None with ``"intervals_reason"`` for a model without draws);
+    ``"inside_measured"`` and ``"outside_measured"`` (:mod:`diffspec.fitting.hull`). At saturation the value is None and
+    the elasticities are those at 0.999 of capacity, with a warning. An elasticity that does not exist is None, and a
+    warning says why: all of a metric that is 0, infinite or not there, and those that are not finite.
+    Errors: :class:`InputError` for an unknown metric, and for one that is not there in this loop or configuration.
     """
-    if metric not in METRICS:
-        raise InputError(f"metric: got {metric!r}; allowed: {', '.join(METRICS)}")
-    values = {path: float(value) for path, value in get_parameters(deployment.serving).items()}
-    moving = {path: value for path, value in values.items() if value > 0}  # log coordinates; 0 is switched off
-    serving = set_parameters(deployment.serving, {path: np.asarray(value) for path, value in values.items()})
-    workload, config = (as_floats(part) for part in (workload, config))
-    serving = enough_states(serving, workload, config)
-    (by_parameter, by_field), prediction = _elasticities(metric, serving, workload, config)
-    infos = parameter_infos(deployment.serving)
-    found = float(getattr(prediction, METRICS[metric]))
-    moves = finite(found) is not None and found > 0  # else it has no logarithm, and no slope of that
+    return explained(find_slopes(deployment.serving, workload, config, metric), deployment, draws=draws)
+
+
+def explained(slopes: Slopes, deployment: FittedDeployment, *, draws: ServingModel | None = None) -> dict[str, Any]:
+    """The answer of :func:`sensitivity` from slopes that are known."""
+    workload, config, metric = slopes.point.workload, slopes.point.config, slopes.metric.name
+    units = slopes.inputs.units(slopes.point)
+    columns = (slopes.inputs.names, slopes.inputs.kinds, slopes.elasticities, slopes.at, units, slopes.derivative)
     rows = [
         {
-            "name": path.removeprefix("step_time."),
-            "kind": "parameter",
-            "elasticity": finite(by_parameter[path]) if moves else None,
-            "value": value,
-            "unit": infos[path].unit,
+            "name": name,
+            "kind": kind,
+            "elasticity": finite(elasticity),
+            "value": float(value),
+            "unit": unit,
+            "gradient": finite(gradient) if slopes.moves else None,
         }
-        for path, value in moving.items()
+        for name, kind, elasticity, value, unit, gradient in zip(*columns, strict=True)
     ]
-    for name, slope in by_field.items():
-        value = float(getattr(workload, name))
-        if value > 0:
-            entry = {"elasticity": finite(slope) if moves else None, "value": value, "unit": WORKLOAD_UNITS[name]}
-            rows.append({"name": name, "kind": "workload"} | entry)
     rows.sort(key=lambda row: -abs(row["elasticity"] or 0.0))
-    outcome = outcome_name(prediction.result)
+    outcome = outcome_name(slopes.prediction.result)
     asked = {name: float(getattr(workload, name)) for name in WORKLOAD_UNITS if getattr(workload, name) is not None}
     warnings = deployment.caveats(float(config.draft_length), asked)
     if outcome == "saturated":
         warnings.append("saturated: elasticities are those at 0.999 of capacity, where the load itself cannot move")
-    if not moves:
-        told = "0" if found == 0 else "unbounded"
-        warnings.append(f"{metric} is {told} here, so nothing moves it by a percentage: there are no elasticities")
+    if not slopes.moves:
+        told = {"breakeven_rate": "no rate", "best_draft_length": "at a bound or at a kink, no stationary point"}
+        said = "0" if slopes.value == 0 else told.get(metric, "unbounded")
+        warnings.append(f"{metric} is {said} here, so nothing moves it by a percentage: there are no elasticities")
     elif missing := [row["name"] for row in rows if row["elasticity"] is None]:
         warnings.append(
             f"no elasticity (the derivative is not finite) for {', '.join(missing)}: {metric} has a kink there"
         )
-    value = None if outcome == "saturated" else finite(found)
+    value = None if outcome == "saturated" and slopes.metric.family != "breakeven_rate" else finite(slopes.value)
     if draws is None and deployment.uncertainty is not None:
-        draws = deployment.uncertainty.models(serving, DRAWS)
+        draws = deployment.uncertainty.models(slopes.point.serving, DRAWS)
     told = None
     if draws is not None:
-        names = [row["name"] for row in rows if row["elasticity"] is not None]
-        told = slope_intervals(draws, workload, config, metric, names)
+        told = slope_intervals(draws, slopes, [row["name"] for row in rows if row["elasticity"] is not None])
     return {
         "metric": metric,
         "value": value,

@@ -335,17 +335,3 @@ def acceptance(groups: Sequence[Mapping[str, Any]], title: str = "acceptance by 
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(fontsize=8)
     return figure
-
-
-def elasticities(answer: Mapping[str, Any], most: int = 15) -> Figure:
-    """Bars of the largest elasticities, parameters and workload fields in two colours."""
-    rows = [row for row in answer["elasticities"] if row["elasticity"]][:most][::-1]
-    figure, axes = new_figure(1, 1, f"what moves {answer['metric']}", width=7.2, height=0.6 + 0.3 * max(len(rows), 3))
-    ax = axes[0, 0]
-    colors = {"parameter": COLORS[0], "workload": COLORS[1]}
-    ax.barh([row["name"] for row in rows], [row["elasticity"] for row in rows], color=[colors[r["kind"]] for r in rows])
-    ax.axvline(0.0, color="#555555", linewidth=1)
-    ax.set(xlabel=f"elasticity: percent of {answer['metric']} per percent of the input")
-    handles = [Line2D([], [], color=color, linewidth=6, label=kind) for kind, color in colors.items()]
-    ax.legend(handles=handles, frameon=False, loc="lower right")
-    return figure

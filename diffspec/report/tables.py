@@ -373,28 +373,3 @@ def _violations(entry: Mapping[str, Any]) -> Iterator[RenderableType]:
             if missed["value"]:
                 told += f", off by {percent(abs(missed['value'] / missed['bound'] - 1.0))}"
         yield Text(f"load {load}: no draft length will do; at load {entry['load_to']:g} {told}")
-
-
-def sensitivities(answer: Mapping[str, Any], most: int = 20) -> Iterator[RenderableType]:
-    """What `diffspec sensitivity` says: elasticities, largest first."""
-    told = answer.get("intervals")
-    rows = [
-        (row["name"], row["kind"], quantity(row["value"], row["unit"]), _slope(row["elasticity"]))
-        + (() if told is None else (_slopes(told["elasticities"].get(row["name"])),))
-        for row in answer["elasticities"][:most]
-    ]
-    title = f"{answer['metric']} = {metric_value(answer['metric'], answer['value'])} ({answer['outcome']})"
-    if rows:
-        columns = ("name", "kind", "now", "elasticity", *(() if told is None else (f"{told['level']:.0%} interval",)))
-        yield table(title, columns, rows, left=2)
-        yield Text("elasticity 0.7: 1 % more of it gives 0.7 % more of the metric")
-    yield from measured(answer)
-    yield from assumed(answer, "" if rows else title)
-
-
-def _slope(value: float | None) -> str:
-    return "none" if value is None else f"{value:+.3f}"
-
-
-def _slopes(edges: Mapping[str, float | None] | None) -> str:
-    return NONE if edges is None else f"{_slope(edges['low'])} to {_slope(edges['high'])}"
