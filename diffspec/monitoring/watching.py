@@ -65,7 +65,7 @@ class Watchman:
         """The threshold h of each sum.
 
         >>> round(Watchman(1000.0).limit, 2)
-        3.68
+        3.67
         """
         return threshold(SUMS, self.average_run_length)
 
