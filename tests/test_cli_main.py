@@ -29,6 +29,7 @@ COMMANDS = (
     "design",
     "evaluate",
     "fit",
+    "monitor",
     "optimize",
     "policy",
     "predict",

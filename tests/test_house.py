@@ -28,7 +28,7 @@ LAYERS = (
     ),
     ("request_mix", "prediction", "steady_state", "break_even", "finite_runs", "waiting", "simulating"),
     ("serving", "latency_distribution", "traces", "datasets"),
-    ("percentiles", "collecting", "fitting", "analysis", "optimizing", "boundaries", "browser"),
+    ("percentiles", "collecting", "fitting", "analysis", "optimizing", "boundaries", "browser", "monitoring"),
     ("report", "demo"),
     ("cli",),
     ("__init__",),

@@ -14,6 +14,7 @@ from diffspec.cli import (
     evaluate,
     fit,
     import_,
+    monitor,
     optimize,
     policy,
     predict,
@@ -29,7 +30,8 @@ app = typer.Typer(
     "Measurements (collect, import, acceptance) become a trace; a trace becomes a fitted latency model (fit), which is "
     "scored (evaluate), asked (predict, simulate, sensitivity), mapped (boundary) and used to choose the draft length "
     "for each load (optimize), the schedule that an engine follows (policy), how many replicas serve a target rate "
-    "(size), what to measure next (design) or an interactive page of it all (report). Start with: diffspec demo",
+    "(size), what to measure next (design), an interactive page of it all (report), or set beside a live server "
+    "(monitor). Start with: diffspec demo",
     epilog="Exit codes: 0 done; 1 no answer exists (saturated, infeasible); 2 wrong usage or input. Works on the CPU "
     "unless JAX_PLATFORMS is set. Compiled programs are kept in the user's cache folder, or in DIFFSPEC_CACHE_DIR "
     "(empty: nowhere).",
@@ -78,5 +80,6 @@ for module in (
     boundary,
     design,
     report,
+    monitor,
 ):
     app.command(module.__name__.rsplit(".", 1)[-1].rstrip("_"))(module.command)
