@@ -35,6 +35,7 @@ def fits(monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_demo_in_an_empty_folder(fits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ran = run("demo")

@@ -356,6 +356,7 @@ def test_schedule_equilibrium_of_an_affine_residence():
     assert_close(residence_under_schedule(sizes, residence, 400.0, "concurrency"), 20.5 * 2, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_schedule_leaves_room_for_prompts_in_the_token_budget(deployment):
     """No batch drafts so much that prompts find no place; the largest draft length there is the policy's own cap."""
     asked = {"prompt_length": 64.0, "output_length": 64.0, "max_draft_length": 4}
@@ -472,6 +473,7 @@ def test_choices_are_scored_on_the_staircase(deployment):
         optimize(deployment, **asked, capture_sizes=(8, 4))
 
 
+@pytest.mark.slow
 def test_prompts_that_are_cached_or_split_change_the_choice_of_nothing_else(deployment):
     asked = {"loads": [1.0], "loop": "arrival_rate", "prompt_length": 512.0, "output_length": 64.0}
     plain, cached, split, varied = (

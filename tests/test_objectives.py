@@ -178,6 +178,7 @@ def test_what_means_nothing_is_refused(deployment, asked, said):
         optimize(deployment, **(ASKED | asked))
 
 
+@pytest.mark.slow
 def test_batches_beyond_the_chain_have_no_percentile_and_say_so(deployment):
     """Without a cap, at 0.999 of capacity: thousands in service, a mean but no percentile."""
     config = deployment.configuration(1.0, acceptance=ACCEPTANCE)

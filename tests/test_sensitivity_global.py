@@ -100,6 +100,7 @@ def test_one_program_serves_every_mean(slopes):
     assert _slope_program._cache_size() == before
 
 
+@pytest.mark.slow
 def test_percentiles_move_as_those_that_predict_tells():
     load = replace(LOAD, output_scv=0.5)
     config = replace(CONFIG, max_batch_size=12.0)
@@ -142,6 +143,7 @@ def test_the_breakeven_rate_moves_by_its_implicit_derivative():
     assert any("breakeven_rate is no rate here" in line for line in answer["warnings"])
 
 
+@pytest.mark.slow
 def test_the_best_draft_length_moves_by_its_implicit_derivative():
     found = find_slopes(SERVING, LOAD, CONFIG, "best_draft_length")
     assert 1.0 < found.value < 16.0 and "draft_length" not in found.inputs.names

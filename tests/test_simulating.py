@@ -67,7 +67,7 @@ def erlang_c(servers: int, load: float) -> float:
     return servers * blocking / (servers - load * (1 - blocking))
 
 
-@pytest.mark.parametrize(("servers", "use"), [(4, 0.6), (16, 0.8)])
+@pytest.mark.parametrize(("servers", "use"), [pytest.param(4, 0.6, marks=pytest.mark.slow), (16, 0.8)])
 def test_many_servers_wait_as_erlang_says(servers, use):
     """M/M/c: geometric outputs, 1 + 50 steps, as good as exponential service; a request joins when a step begins."""
     service = 0.01 * 51
@@ -84,7 +84,9 @@ def test_many_servers_wait_as_erlang_says(servers, use):
     within(found.mean("waiting"), wait + 0.5 * 0.01, 0.12)
 
 
-@pytest.mark.parametrize("law", ["fixed", "geometric", pytest.param("lognormal", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "law", ["fixed", *(pytest.param(law, marks=pytest.mark.slow) for law in ("geometric", "lognormal"))]
+)
 def test_sharing_does_not_care_for_the_law_of_lengths(law):
     """M/G/1 processor sharing: mean sojourn = work/(1-load) for any law of lengths with the same mean."""
     workload = Workload(1.0, 51.0, arrival_rate=5.0, output_scv=2.0)

@@ -206,6 +206,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), value=JSON)
 def test_one_changed_value_is_read_or_named(tmp_path_factory, data, value):

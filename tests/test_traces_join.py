@@ -92,6 +92,7 @@ def test_a_result_without_speculation_from_an_engine_that_drafted():
     assert frame.iloc[0]["method"] == "none" and frame.iloc[0]["draft_length"] == 0
 
 
+@pytest.mark.slow
 def test_order_and_other_scrapes_do_not_matter():
     scrapes = [scrape(0, 0), scrape(37, 37 * 64), scrape(137, 137 * 64), scrape(139, 139 * 64)]
     other = [scrape(3, 192, started=900), scrape(63, 3840 + 192, started=900)]

@@ -377,6 +377,7 @@ def test_a_token_budget_and_prefix_hits_are_used_before_any_trace():
     assert split["memory"]["kv_capacity_tokens"] > plain["memory"]["kv_capacity_tokens"]
 
 
+@pytest.mark.slow
 def test_a_token_budget_is_used_on_other_hardware(measured):
     question = ("predict", measured[0] / "model.json", "--arrival-rate", "3", "--draft-length", "4")
     here, there = (

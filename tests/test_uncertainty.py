@@ -193,6 +193,7 @@ def test_randomised_draws_are_those_of_the_posterior():
     assert abs(ratio.mean()) < 0.25 and np.abs(ratio).max() < 0.8, ratio
 
 
+@pytest.mark.slow
 def test_a_profile_is_what_scipy_finds_with_the_parameter_held(objective, solutions):
     made, data = objective
     weights = np.ones((len(made.columns), len(data)))

@@ -104,6 +104,7 @@ def test_the_wait_of_a_run_that_starts_empty(servers, n, scv):
         assert float(found) == pytest.approx(expected, abs=0.08 * (1.0 + expected) + half)
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_of_finite_differences():
     def p99(log):
         rate, cap, weights = jnp.exp(log)
