@@ -121,7 +121,8 @@ def table(found: dict) -> str:
             measured, value, low, high = (1000 * one[key] for key in ("measured", "value", "low", "high"))
             lines.append(
                 f"| {row['run']} | {row['seconds']:.1f} s, {row['requests']:g} requests | {metric} "
-                f"| {measured:.3g} ms | {value:.3g} ms | {low:.3g} to {high:.3g} | {100 * (value / measured - 1):+.0f} % |"
+                f"| {measured:.3g} ms | {value:.3g} ms | {low:.3g} to {high:.3g} "
+                f"| {100 * (value / measured - 1):+.0f} % |"
             )
     return "\n".join(lines) + "\n"
 
