@@ -1,0 +1,142 @@
+"""The pages of docs/: their blocks run, their links lead somewhere, their equations name code, nothing is copied."""
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from test_readme import REPOSITORY, run_document
+
+import diffspec
+
+DOCS = REPOSITORY / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+ELSEWHERE = {"walkthrough.md", "extending.md"}  # test_walkthrough.py, test_drafters.py
+FILES = {  # what a reader has made, by the name that the pages give it
+    "serve.json": "vllm_bench/spec_detailed.json",
+    "sweep": "vllm_sweep/tiny",
+    "sglang.jsonl": "sglang/bench_vllm_details.jsonl",
+    "guidellm.json": "guidellm/guidellm_0.8.1.json",
+    "before.txt": "vllm/metrics_before.txt",
+    "after.txt": "vllm/metrics_after.txt",
+    "completion.json": "vllm/completion.json",
+}
+
+
+def load_hooks():
+    spec = importlib.util.spec_from_file_location("site_hooks", DOCS / "site_hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hooks = load_hooks()
+
+
+def pages_of(nav) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    return [page for entry in (nav.values() if isinstance(nav, dict) else nav) for page in pages_of(entry)]
+
+
+def broken_links(page: Path) -> list[str]:
+    """Links of a page to files that are not there; addresses and anchors within the page are passed over."""
+    targets = [found[1].split("#")[0] for found in hooks.LINK.findall(page.read_text(encoding="utf-8"))]
+    return [target for target in targets if target and ":" not in target and not (page.parent / target).exists()]
+
+
+def resolved(name: str):
+    """The object behind a dotted name: its longest importable module, then attributes."""
+    parts = name.split(".")
+    value = importlib.import_module(".".join(parts[:-1]))
+    return getattr(value, parts[-1])
+
+
+def test_the_pages_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFSPEC_CACHE_DIR", "")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("vllm_cpu_quiet.csv", "vllm_h200_requests.parquet"):
+        shutil.copy(REPOSITORY / "data" / name, tmp_path / "data" / name)
+    for name, source in FILES.items():
+        source = REPOSITORY / "tests" / "fixtures" / source
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    names = [name for name in pages_of(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"])]
+    texts = [(DOCS / name).read_text(encoding="utf-8") for name in names if name not in ELSEWHERE]
+    commands, programs = run_document("\n".join(texts))
+    assert commands >= 12 and programs == 2
+
+
+def test_every_page_is_in_the_navigation_and_exists():
+    nav = pages_of(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert sorted(nav) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_links_lead_somewhere(page):
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("[a](page.md) [b](gone.md#x) [c](https://example.org/y) [d](#here)", encoding="utf-8")
+    assert broken_links(page) == ["gone.md"]
+
+
+def test_each_equation_names_code_that_exists():
+    text = (DOCS / "theory.md").read_text(encoding="utf-8")
+    for section in text.split("\n## ")[1:]:
+        assert "```text" in section and "](reference.md#" in section, section.splitlines()[0]
+    names = hooks.theory_objects()
+    assert len(names) >= 20
+    for name in names:
+        assert (resolved(name).__doc__ or "").strip(), name
+    for shown, target in re.findall(r"\[`([\w.]+)`\]\(reference\.md#([\w.]+)\)", text):
+        assert f"diffspec.{shown}" == target
+    with pytest.raises(AttributeError):
+        resolved("diffspec.step_time.NoSuchStepTime")
+
+
+def test_the_reference_has_every_public_name():
+    entries = re.findall(r"^::: ([\w.]+)$", hooks.filled((DOCS / "reference.md").read_text()), re.MULTILINE)
+    assert len(entries) == len(set(entries)) and set(hooks.theory_objects()) <= set(entries)
+    assert {name.rsplit(".", 1)[1] for name in hooks.public_objects()} == set(diffspec.__all__)
+    for name in hooks.public_objects():
+        assert resolved(name) is getattr(diffspec, name.rsplit(".", 1)[1]), name
+
+
+def test_the_validation_page_is_the_table_of_the_experiments():
+    rows = [row for row in (REPOSITORY / "experiments" / "README.md").read_text().splitlines() if row.startswith("|")]
+    page = hooks.inside_the_site(hooks.filled((DOCS / "validation.md").read_text(encoding="utf-8")), "validation.md")
+    told = [row for row in page.splitlines() if row.startswith("|")]
+    assert len(told) == len(rows) > 20
+    assert [row.split("|")[1:3] for row in told] == [row.split("|")[1:3] for row in rows]
+    assert "](../" not in page and "`experiments/04_physics_against_simulator/README.md`" in page
+
+
+def test_links_out_of_the_site_show_their_path():
+    text = "[b](../theory.md), [c](https://example.org), [table](../../data/x.md#part)"
+    assert hooks.inside_the_site(text, "bring/page.md") == text.replace(
+        "[table](../../data/x.md#part)", "table (`data/x.md`)"
+    )
+
+
+def test_examples_of_docstrings_become_code():
+    assert hooks.as_markdown(["Say.", ">>> f()", "[1, 2]", "", "More [s] [tok]."]) == [
+        *("Say.", "```python", ">>> f()", "[1, 2]", "```", "", "More [s] \\[tok]."),
+    ]
+
+
+def test_the_workflow_runs_what_a_merge_needs():
+    jobs = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    assert ".ci/run" in [step.get("run") for job in jobs.values() for step in job["steps"]]
+
+
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{citation["version"]}"' in project and citation["license"] in project
+    assert citation["title"].startswith("diffspec") and citation["authors"]
