@@ -387,6 +387,12 @@ BAD = [
 ]
 
 
+def test_the_time_per_token_of_one_token_is_refused():
+    axes = {"output_length": [1.0, 8.0], "acceptance_rate": [0.2, 0.8]}
+    with pytest.raises(InputError, match="no time per token after the first"):
+        boundary(toy_deployment(), axes, quantity="tpot", arrival_rate=1.0, draft_length=2, draws=0)
+
+
 @pytest.mark.parametrize(("changed", "sentence"), BAD)
 def test_bad_questions_are_refused(changed, sentence):
     asked = {"axes": TWO} | changed

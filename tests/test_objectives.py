@@ -20,7 +20,9 @@ from diffspec.architecture import read_architecture
 from diffspec.first_principles import FirstPrinciples
 from diffspec.fitting.uncertainty import Uncertainty
 from diffspec.hardware import accelerator
+from diffspec.optimizing.limits import least
 from diffspec.optimizing.optimize import optimize, optimize_unmeasured
+from diffspec.optimizing.question import read_question
 from diffspec.optimizing.servers import joules, server_of
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
@@ -159,6 +161,20 @@ def test_energy_and_cost_of_a_closed_loop():
     assert [entry["draft_length"] for entry in cheap] == [entry["draft_length"] for entry in most]
 
 
+def test_a_goodput_that_no_request_counts_for_is_infeasible(deployment):
+    answer = optimize(deployment, objective="goodput", slo=["ttft<0.000001", "tpot<1"], **ASKED)
+    assert answer["outcome"] == "infeasible" and answer["infeasible"] == {"goodput": {"value": 0.0, "bound": None}}
+    json.dumps(answer, allow_nan=False)
+
+
+def test_the_same_limit_twice_is_one_and_equals_are_equal():
+    asked = ("goodput", ["ttft<0.5", "tpot<1", "ttft<0.1", "ttft<0.1"], "arrival_rate", [1.0], 4)
+    assert [limit.text for limit in read_question(*asked).within] == ["ttft<0.1", "tpot<1"]
+    cost = -np.asarray([[2.5, 2.5 * (1 + 8e-6)], [2.5, 2.6], [2.6, 2.5]])
+    e2e = np.asarray([[1.0, 3.0], [1.0, 3.0], [3.0, 1.0]])
+    assert least(np.log(-cost) * -1.0, e2e, "goodput").tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -171,6 +187,8 @@ def test_energy_and_cost_of_a_closed_loop():
         ({"objective": "cost", "cost_per_hour": 1.0}, "diffspec size"),
         ({"slo": ["cost<5"]}, "no price is known"),
         ({"objective": "energy"}, "neither the fit nor the question"),
+        ({"objective": "tpot_mean", "output_length": 1.0}, "no time per token after the first"),
+        ({"slo": ["tpot_p95<1"], "output_length": 1.0}, "no time per token after the first"),
     ],
 )
 def test_what_means_nothing_is_refused(deployment, asked, said):

@@ -153,6 +153,8 @@ def test_a_fitted_share_of_prompts_is_played():
         ('{"contexts": [{"bands": []}]}', "damaged"),
         ('{"contexts": 3}', "damaged"),
         ('{"schedule": [["a", 2, 3]]}', "damaged"),
+        ('{"schedule": [[1, 8, 2.7]]}', "whole numbers"),
+        ('{"schedule": [[1, 8, true]]}', "whole numbers"),
         ('{"num_speculative_tokens": 0}', "num_speculative_tokens"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffspec.acceptance import AbstractAcceptance
+from diffspec.acceptance import AbstractAcceptance, AbstractPositionwise
 from diffspec.analysis.before_traces import DOES_NOT_FIT, Unmeasured
 from diffspec.analysis.intervals import NO_INTERVALS, spread
 from diffspec.analysis.plain import finite
@@ -118,7 +118,7 @@ def boundary(
         "draft_length": None if "draft_length" in (x.name, y.name) else draft_length,
         "max_draft_length": max_draft_length if draft_length == "best" and not found.has("draft_length") else None,
         "axes": [_axis_told(x), _axis_told(y)],
-        "fixed": {name: value for name, value in ground.fixed.items()},
+        "fixed": dict(ground.fixed) | _given(ground, (x.name, y.name), drafter_params),
         "gain": [
             [finite(np.exp(g)) if b else None for g, b in zip(*row, strict=True)]
             for row in _rows(gains.log_gain, both, map_)
@@ -189,6 +189,21 @@ class _Map:
         return self.ground.gains(self.points(*self.nodes()))
 
 
+def _given(ground: Ground, moved: tuple[str, str], drafter_params: float | None) -> dict[str, Any]:
+    """What the configuration was given that no axis moves; None for the deployment's own. Acceptance: of each position
+    of the longest draft."""
+    told: dict[str, Any] = {"max_batched_tokens": ground.max_batched_tokens, "drafter_params": drafter_params}
+    if "max_batch_size" not in moved:
+        told["max_batch_size"] = ground.max_batch_size
+    if not ground.moves_acceptance:
+        chain = ground.acceptance if isinstance(ground.acceptance, AbstractPositionwise) else None
+        count = max(int(ground.longest), 1)
+        told["acceptance"] = (
+            None if chain is None else np.asarray(chain.conditional_rates(float(count)))[:count].tolist()
+        )
+    return told
+
+
 def _zones(gains: Gains, quantity: str) -> np.ndarray:
     names = np.where(gains.log_gain > 0, "gain", "loss").astype("U20")
     if quantity != "throughput":
@@ -212,7 +227,8 @@ def _where(zone: np.ndarray, map_: _Map, share: Mapping[str, float]) -> dict[str
             if axis.categorical:
                 spans[axis.name] = [axis.values[int(i)] for i in np.unique(found)]
             else:
-                spans[axis.name] = [float(axis.value(end)) for end in (found.min(), found.max())]
+                nearest = (np.argmin(np.abs(axis.nodes - end)) for end in (found.min(), found.max()))
+                spans[axis.name] = [float(axis.values[int(place)]) for place in nearest]
         told[name] = {"share": part} | spans
     return told
 

@@ -104,6 +104,13 @@ class Question:
         for name, value in lengths.items():
             if not self.has(name):
                 fixed[name] = _length(name, value, deployment.measured)
+        moving = self.made.get("output_length")
+        shortest = float(fixed["output_length"] if moving is None else moving.values[0])
+        if quantity == "tpot" and shortest <= 1:
+            raise InputError(
+                f"output_length: got {shortest:g}, whose requests have no time per token after the first; allowed: "
+                "more than 1 tok with the quantity tpot"
+            )
         Workload(**fixed, **{name: 1.0 for name in (*LENGTHS, *LOOPS) if self.has(name)})  # checks their ranges
         if self.has("acceptance_rate"):
             acceptance = ConstantAcceptance(0.5)

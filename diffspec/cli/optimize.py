@@ -53,9 +53,9 @@ def command(
 
     Example: diffspec optimize model.json --arrival-rate 0.5:6:0.5 --max-draft-length 8 --slo "ttft_mean<0.5"
 
-    Objectives and limits: ttft_mean, tpot_p95 and their like, throughput, utilization, energy and cost (of a million
-    output tokens; cost with --cost-per-hour), and goodput: the requests per second that keep limits on single ones,
-    such as --slo "ttft<0.5" --slo "tpot<0.03" --objective goodput.
+    Objectives and limits: ttft_mean, tpot_p95 and their like, throughput, energy and cost (of a million output tokens;
+    cost with --cost-per-hour), utilization as a limit, and goodput: the requests per second that keep limits on single
+    ones, such as --slo "ttft<0.5" --slo "tpot<0.03" --objective goodput.
 
     Before any trace, or on other hardware: --verifier and --hardware as predict takes them. With --classes, --drafters
     or --batch-caps the drafter, the draft length of each class and the batch cap are decided together at each load.

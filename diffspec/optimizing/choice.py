@@ -13,7 +13,7 @@ import numpy as np
 
 from diffspec.analysis.intervals import misfit, spread
 from diffspec.fitting.uncertainty import LEVEL, Uncertainty
-from diffspec.optimizing.limits import Limit, costs
+from diffspec.optimizing.limits import Limit, costs, least
 
 
 def best_static(metrics, saturated, limits: Sequence[Limit], objective: str) -> int | None:
@@ -67,6 +67,7 @@ def choice_intervals(
     is_open: bool,
     plain_known: bool,
     known: Uncertainty | None,
+    objective: str,
 ) -> dict[str, Any]:
     """How the choice at each load varies over draws.
 
@@ -82,8 +83,8 @@ def choice_intervals(
     """
     cost, feasible, e2e, ttft = drawn[:4]
     lengths = range(cost.shape[-1])
-    least = np.where(feasible, cost, np.inf)
-    best = np.where(feasible.any(axis=-1), np.argmin(least, axis=-1), -1)  # [draws, loads]
+    kept = np.where(feasible, cost, np.inf)
+    best = np.where(feasible.any(axis=-1), least(kept, e2e, objective), -1)  # [draws, loads]
     entries = []
     for i, (load, k) in enumerate(zip(loads, chosen, strict=True)):
         entry: dict[str, Any] = {
@@ -95,7 +96,7 @@ def choice_intervals(
         entry |= dict.fromkeys(("chosen_feasible_share", "expected_regret", "speedup"))
         if k is not None:
             keeps = feasible[:, i, k]
-            regret = np.expm1(cost[keeps, i, k] - least[keeps, i].min(axis=-1))
+            regret = np.expm1(cost[keeps, i, k] - kept[keeps, i].min(axis=-1))
             entry["chosen_feasible_share"] = float(keeps.mean())
             entry["expected_regret"] = float(regret.mean()) if keeps.any() else None
             if plain_known:

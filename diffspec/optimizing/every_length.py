@@ -61,7 +61,8 @@ class EveryLength(NamedTuple):
             beyond = found["effective_batch_size"] > KNOWN_UP_TO * states
             found |= {name: np.where(beyond, np.inf, found[name]) for name in self.question.percentiles}
             if "goodput" in found:
-                found["goodput"] = np.where(beyond, 0.0, found["goodput"])
+                none = beyond | (found["goodput"] <= 1e-9 * found["throughput"])
+                found["goodput"] = np.where(none, 0.0, found["goodput"])
         return found, saturated
 
     def drawn(self, models: list[ServingModel]) -> list[tuple[Values, np.ndarray]]:
@@ -169,7 +170,7 @@ def looked_at(question: Question, states: int, pair_json: str | None) -> Callabl
                 values[name] = getattr(spread, metric)[percents.index(int(percent))] * scale
             if "goodput" in question.metrics:
                 share = jnp.prod(jnp.concatenate(list(spread.attained.values())))
-                values["goodput"] = found.throughput * jnp.maximum(share, 1e-12)
+                values["goodput"] = found.throughput * jnp.maximum(share, 1e-12)  # for its logarithm
         if "cost" in question.metrics:
             values["cost"] = hours_per_million(price, found.throughput, workload.output_length)
         if "energy" in question.metrics and pair is not None:

@@ -141,10 +141,17 @@ def log_cost(value, objective: str):
     return (-1.0 if objective in MAXIMISED else 1.0) * jnp.log(value)
 
 
-def _least_of_equals(cost, metrics):
-    """Where nearly every request keeps its limits, goodput is the load itself at many draft lengths: of those that
-    agree to :data:`EQUAL`, the one with the smallest e2e_mean."""
-    return np.round(cost / EQUAL) * EQUAL + 1e-3 * EQUAL * np.log(metrics["e2e_mean"])
+def least(cost, e2e, objective: str):
+    """Place of the least cost along the last axis. Where nearly every request keeps its limits, goodput is the load
+    itself at many draft lengths: of those that agree to :data:`EQUAL`, the one with the smallest ``e2e`` [s].
+
+    >>> int(least(np.asarray([-1.0, -1.00001]), np.asarray([1.0, 3.0]), "goodput"))
+    0
+    """
+    if objective != "goodput":
+        return np.argmin(cost, axis=-1)
+    equal = cost <= np.min(cost, axis=-1, keepdims=True) + EQUAL
+    return np.argmin(np.where(equal, e2e, np.inf), axis=-1)
 
 
 def costs(metrics, saturated, limits: Sequence[Limit], objective: str):
@@ -152,8 +159,6 @@ def costs(metrics, saturated, limits: Sequence[Limit], objective: str):
     (infinite), are never feasible."""
     with np.errstate(divide="ignore"):
         cost = np.log(metrics[objective]) * (-1.0 if objective in MAXIMISED else 1.0)
-    if objective == "goodput":
-        cost = _least_of_equals(cost, metrics)
     excess = np.stack(
         [np.asarray(limit.excess(metrics[limit.metric])) for limit in limits] or [np.full_like(cost, -1.0)]
     )

@@ -22,7 +22,7 @@ from diffspec.optimizing.batch_tables import schedule_length
 from diffspec.optimizing.choice import best_static, choice_intervals, drawn_costs
 from diffspec.optimizing.every_length import EveryLength
 from diffspec.optimizing.flags import vllm_flags
-from diffspec.optimizing.limits import MAXIMISED, costs
+from diffspec.optimizing.limits import MAXIMISED, costs, least
 from diffspec.optimizing.question import read_question
 from diffspec.optimizing.schedule import batch_schedule, latency_under_schedule
 from diffspec.optimizing.servers import Server, prices, server_of
@@ -75,8 +75,8 @@ def optimize(
     * ``slo``: limits on means, ``"ttft_mean<0.5"`` (s), percentiles, ``"ttft_p95<0.5"`` (p50, p90, p95, p99 of ttft,
       tpot, itl, e2e), ``throughput``, ``goodput``, ``utilization``, ``energy`` and ``cost``; ``"ttft<0.5"`` (of ttft,
       tpot, e2e): one that each request keeps or not, which goodput counts
-    * ``objective``: one of those metrics; throughput and goodput [req/s] are made large, all others small. ``energy``
-      [J] and ``cost`` are per million output tokens, of one replica
+    * ``objective``: one of those metrics but utilization; throughput and goodput [req/s] are made large, all others
+      small. ``energy`` [J] and ``cost`` are per million output tokens, of one replica
     * ``cost_per_hour``: of a device, one number or by hardware (:func:`diffspec.optimizing.servers.prices`);
       ``server``: the replica of a deployment that was not measured
     * ``capture_sizes`` [tok]: batches that the engine pads to (CUDA graphs); the smooth relaxation is then rounded,
@@ -101,6 +101,11 @@ def optimize(
     """
     question = read_question(objective, slo, loop, loads, max_draft_length)
     limits = question.limits
+    if output_length <= 1 and any(name.startswith(("tpot", "itl")) for name in question.metrics):
+        raise InputError(
+            f"output_length: got {output_length:g}, whose requests have no time per token after the first; allowed: "
+            "more than 1 tok with objectives and limits on tpot and itl"
+        )
     check_range("prompt_length", float(prompt_length), 0, 1e8, low_open=True, unit="tok")
     check_range("output_length", float(output_length), 1, 1e8, low_open=False, unit="tok")
     check_range("output_scv", float(output_scv), 0, 100, low_open=False, unit="(squared coefficient of variation)")
@@ -170,7 +175,9 @@ def optimize(
     varied = None
     if drawn is not None:
         chosen, is_open = [entry["draft_length"] for entry in table], loop == "arrival_rate"
-        varied = choice_intervals(loads, chosen, drawn, is_open=is_open, plain_known=plain_known, known=known)
+        varied = choice_intervals(
+            loads, chosen, drawn, is_open=is_open, plain_known=plain_known, known=known, objective=objective
+        )
     for i, entry in enumerate(table):
         shares = {} if varied is None else varied["loads"][i]["probability_best"]
         entry["chosen_probability"] = shares.get(str(entry["draft_length"]))
@@ -248,6 +255,8 @@ def _choose(load, metrics, saturated, limits, objective, relaxed, risky) -> dict
                     "shortfall": finite(load - metrics["capacity"][nearest]),
                 }
             }
+        if not broken and risky is None:  # no limit, but no request that counts: a goodput of 0, or a tail not known
+            broken = {objective: {"value": finite(metrics[objective][nearest]), "bound": None}}
         if risky is not None:  # the share of draws that keep the limits, and what was asked for
             broken["risk"] = {"value": float(risky[2][nearest]), "bound": risky[0]}
         return entry | {
@@ -263,7 +272,7 @@ def _choose(load, metrics, saturated, limits, objective, relaxed, risky) -> dict
             "violations": broken,
         }
     exact = np.where(feasible, cost, np.inf)
-    best = int(np.argmin(exact))
+    best = int(least(exact, metrics["e2e_mean"], objective))
     near = {math.floor(relaxed), math.ceil(relaxed), 0}
     rounded = min(near, key=lambda k: exact[k])
     judged = np.isfinite(exact[rounded]) and risky is None  # the relaxation knows no draws

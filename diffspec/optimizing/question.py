@@ -91,10 +91,12 @@ def read_question(objective: str, slo: Sequence[str], loop: str, loads: Sequence
     check_throughput(objective, loop)
     check_loads(loads, loop, longest)
     every = tuple(parse_limit(text, ALL_LIMITED) for text in slo)
+    on_requests = [limit for limit in every if limit.metric in PER_REQUEST]
+    strictest = {limit.metric: limit for limit in sorted(on_requests, key=lambda limit: -limit.bound)}
     found = Question(
         objective,
         tuple(limit for limit in every if limit.metric not in PER_REQUEST),
-        tuple(limit for limit in every if limit.metric in PER_REQUEST),
+        tuple(strictest[name] for name in PER_REQUEST if name in strictest),
     )
     for limit in found.within:
         if limit.sign < 0:

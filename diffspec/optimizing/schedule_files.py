@@ -62,12 +62,21 @@ def parse_schedule(text: str, name: str, cached_tokens: float) -> ReadSchedule:
             lengths = vllm_draft_lengths(data, max(int(last) for _, last, _ in entries))
             return ReadSchedule(ranges_of(np.asarray(lengths)))
         if data.get("schedule"):
-            return ReadSchedule([[int(x) for x in entry] for entry in data["schedule"]])
+            return ReadSchedule(_whole(data["schedule"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{name}: damaged ({type(error).__name__}: {error}); allowed: {_READ}") from None
     if "schedule" in data:
         raise InputError(f"{name}: the answer has no schedule, its outcome is {data.get('outcome')!r}")
     raise InputError(f"{name}: got keys {', '.join(sorted(map(str, data))[:6]) or 'none'}; allowed: {_READ}")
+
+
+def _whole(entries: Any) -> list[list[int]]:
+    """Entries of whole numbers; ValueError for others."""
+    found = [list(entry) for entry in entries]
+    for number in (number for entry in found for number in entry):
+        if isinstance(number, bool) or not isinstance(number, int | float) or number != int(number):
+            raise ValueError(f"got {number!r}; allowed: whole numbers")
+    return [[int(number) for number in entry] for entry in found]
 
 
 def _of_policy(data: Mapping[str, Any], name: str, cached_tokens: float) -> ReadSchedule:
@@ -78,7 +87,7 @@ def _of_policy(data: Mapping[str, Any], name: str, cached_tokens: float) -> Read
         if cached_tokens**2 > float(context["context_length"]) * float(other["context_length"]):
             context = other
     return ReadSchedule(
-        [[int(x) for x in entry] for entry in context["schedule"]],
+        _whole(context["schedule"]),
         tuple((int(band["down"]), int(band["up"])) for band in context["bands"]),
         None if context["context_length"] is None else float(context["context_length"]),
     )

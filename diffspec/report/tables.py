@@ -370,6 +370,6 @@ def _violations(entry: Mapping[str, Any]) -> Iterator[RenderableType]:
         else:
             metric = limit.split("<")[0].split(">")[0]
             told = f"{limit} fails: the best is {metric_value(metric, missed['value'])}"
-            if missed["value"]:
+            if missed["value"] and missed["bound"]:
                 told += f", off by {percent(abs(missed['value'] / missed['bound'] - 1.0))}"
         yield Text(f"load {load}: no draft length will do; at load {entry['load_to']:g} {told}")

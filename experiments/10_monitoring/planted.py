@@ -26,7 +26,7 @@ START = 1_790_000_000.0
 def server(misfit: float = MISFIT) -> FittedDeployment:
     """The planted model, which says of itself that it misses ``misfit`` [log units] of each latency."""
     serving = build_form("affine", Scales(0.02, 0.08, 96.0, 64.0)).template
-    # A prompt waits for half of the step under way, and for the one that it shares: what a fit to this engine finds.
+    # A prompt waits for half of the step under way, and for the one that it shares: as this simulated engine has it.
     serving = eqx.tree_at(lambda s: s.first_token_steps, serving, 1.5)
     columns = ("ttft_mean", "itl_mean", "e2e_mean")
     known = Uncertainty(
