@@ -754,6 +754,7 @@ def test_vllm_heads_draft_on_the_verifiers_hidden_state(vllm_driver, tmp_path):
     assert caches[1] / caches[0] == pytest.approx(33 / 32)  # one more layer has a cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [False, True])
 def test_vllm_driver_measures_every_server_once(vllm_driver, tmp_path, together):
     """The whole way with a server of known timing in vLLM's place; what is done is not measured again."""

@@ -262,6 +262,7 @@ def test_the_simpler_form_stays_unless_clearly_beaten():
     assert simplest_good({"affine": None}) == "affine"
 
 
+@pytest.mark.slow
 def test_mixture_of_experts_uses_coverage_when_the_trace_tells_its_experts():
     trace = read_trace(NOISY).where("deployment == 'vllm-cpu/qwen3-moe-66m'")
     deployment = fit(trace, step_time="roofline").deployment()

@@ -118,6 +118,7 @@ def test_classes_agree_with_the_simulator(load, server):
     assert found.e2e_latency[2] < found.e2e_latency[0] < 3 * found.e2e_latency[2]
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_of_differences_and_longer_drafts_of_one_class_slow_the_other():
     def latency(draft_lengths):
         workloads, configs = classes(1.5, CLASSES[:2], max_batch_size=64.0)

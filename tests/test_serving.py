@@ -471,6 +471,7 @@ def test_single_precision_has_gradients_where_nobody_waits(cap):
         assert_close(float(FORWARDS(5.0, cap)), expected, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_break_even_knows_what_the_prefix_cache_answers():
     step_time = RooflineStepTime(
         weight_read=6e-3, token_compute=4e-4, kv_read=6e-8, prefill_token=2e-4, draft=DraftCost(pass_base=5e-4)

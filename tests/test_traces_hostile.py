@@ -26,7 +26,7 @@ from diffspec.traces.readers import request_metrics, sweep_summary
 from diffspec.traces.readers.prometheus import parse
 from diffspec.traces.schema import NAMES
 
-FEW, MANY = 40, 10_000
+FEW, MANY = 20, 10_000
 
 
 @pytest.mark.parametrize("name", NAMES_OF_FORMATS)

@@ -430,6 +430,7 @@ def test_every_question_can_be_asked_before_any_trace(command, options, tmp_path
         assert "does not fit: missing" in run(*large).out
 
 
+@pytest.mark.slow
 def test_every_question_can_be_asked_of_other_hardware(measured):
     """On the hardware of the fit the answer is the fit's own; on another one it is not, and says what it assumes."""
     model, load = measured[0] / "model.json", ("--arrival-rate", "3")

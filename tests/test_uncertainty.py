@@ -148,6 +148,7 @@ def test_information_is_the_curvature_that_the_noise_expects(objective, solution
     assert (np.diag(covariance) <= 1.0 + 1e-9).all()  # no wider than the prior
 
 
+@pytest.mark.slow
 def test_bootstrap_draws_spread_as_linear_theory_has_it(objective, solutions):
     """Refits to what the fit predicts, scattered by its noise: covariance (F + 1)^-1 F (F + 1)^-1 where the rows tell
     much; where they tell nothing the draws stay at the prior's centre, as said."""
@@ -287,6 +288,7 @@ def test_one_draft_length_cannot_tell_drafting_from_verifying(model, tmp_path):
     assert parameters["step_time.weight_read"]["told"] > 0.7 > parameters["step_time.kv_read"]["told"]
 
 
+@pytest.mark.slow
 def test_the_choice_of_a_form_is_told(tmp_path):
     deployment = fit(table(tmp_path, (0, 2, 6))).deployment()
     quality = deployment.quality

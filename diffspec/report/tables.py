@@ -297,7 +297,7 @@ def decomposition(stages: Mapping[str, Mapping[str, float | None]]) -> Table:
 def policy(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
     """What `diffspec optimize` says: the policy by load, the schedule by batch size, and engine flags."""
     names = list(dict.fromkeys(name for entry in answer["policy"] for name in entry["metrics"]))
-    asked = {answer["objective"], *(re.split("[<>]", limit)[0] for limit in answer["limits"])}
+    asked = {answer["objective"], *(re.split("[<>]", limit)[0] for limit in answer.get("limits") or ())}
     usual = {"ttft_mean", "tpot_mean", "e2e_mean", "throughput"}
     shown = [name for name in names if name in (asked | {"e2e_mean"} if asked - usual else usual)]
     rows = []
