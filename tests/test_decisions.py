@@ -385,6 +385,7 @@ def test_a_schedule_leaves_room_for_prompts_in_the_token_budget(deployment):
     assert schedule.sizes[-1] < 48.0, "no more requests than a budget holds"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"max_batch_size": 6.0}, {"max_batched_tokens": 48.0}])
 @pytest.mark.parametrize("loop", ["arrival_rate", "concurrency"])
 def test_a_schedule_of_one_draft_length_is_that_draft_length(deployment, options, loop):
@@ -449,6 +450,7 @@ def test_optimize_refuses_bad_questions(deployment, options, message):
         optimize(deployment, **(LENGTHS | options))
 
 
+@pytest.mark.slow
 def test_choices_are_scored_on_the_staircase(deployment):
     """Two sizes only: every step below 64 tokens costs as if it had 64; the latencies are those of that engine."""
     asked = {"loads": [1.0, 3.0], "loop": "arrival_rate", "prompt_length": 64.0, "output_length": 64.0}

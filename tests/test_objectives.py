@@ -124,6 +124,7 @@ def test_equal_goodputs_go_to_the_quicker(deployment):
     assert easy["draft_length"] == quick["draft_length"] and easy["metrics"]["goodput"] == pytest.approx(4.0, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_risk_looks_at_the_draws_of_a_percentile(deployment, by_percentile):
     """The objective that nine of ten draws do not exceed is above the centre's, and all draws told are the 32 asked."""
     loose = TAILS | {"slo": ["e2e_p99<9", "tpot_p95<1"]}

@@ -103,6 +103,7 @@ def test_affine_classes_solve_the_plain_equations():
     assert np.asarray(found.e2e_latency) == pytest.approx(expected / rates, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("load", "server"), [(0.5, {}), (1.5, {}), (1.0, {"max_batch_size": 12}), (1.0, {"max_batched_tokens": 1024})]
 )

@@ -276,6 +276,7 @@ def test_interval_summary_by_hand():
     assert found["interval_score"] == pytest.approx((math.log(4) + math.log(2) + 20 * math.log(2)) / 2)
 
 
+@pytest.mark.slow
 def test_one_draft_length_cannot_tell_drafting_from_verifying(model, tmp_path):
     narrow = fit(table(tmp_path, (0, 3)), step_time="roofline").deployment()
     words = [entry["words"] for entry in narrow.quality["untold"] if any("draft" in p for p in entry["parameters"])]

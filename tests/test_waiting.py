@@ -174,6 +174,7 @@ def distribution():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cap", "k", "law", "use"), CELLS)
 def test_percentiles_against_the_simulator(cap, k, law, use, distribution):
     """Means within 3 %, p95 within 8 %, p99 within 12 %, where the simulation knows them to a third of that; the whole
