@@ -25,6 +25,9 @@ from diffspec.parameters import Scalar
 from diffspec.waiting import RequestsInSystem, prompt_wait, queue_scv, requests_in_system, waiting_factor
 
 PERCENTILES = (50, 90, 95, 99)
+LATENCIES = ("ttft", "tpot", "itl", "e2e")
+PERCENTILE_METRICS = tuple(f"{name}_p{percent}" for name in LATENCIES for percent in PERCENTILES)
+"""Names of percentiles, such as ``ttft_p95``."""
 _ROUNDS = 45
 _SMALL = 1e-12
 _GAP_SPREAD = 0.02
@@ -77,6 +80,11 @@ class LatencyDistribution(eqx.Module):
     itl: Float[Array, "percentiles"]
     e2e: Float[Array, "percentiles"]
     attained: dict[str, Float[Array, "times"]] = eqx.field(default_factory=dict)
+
+    def at_means(self, ttft: Scalar, e2e: Scalar) -> dict[str, Float[Array, "percentiles"]]:
+        """Percentiles [s] by metric, those of ttft and e2e scaled to these means [s]."""
+        scale = {"ttft": ttft / self.ttft_mean, "e2e": e2e / self.e2e_mean}
+        return {name: getattr(self, name) * scale.get(name, 1.0) for name in LATENCIES}
 
 
 def latency_distribution(

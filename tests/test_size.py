@@ -27,7 +27,7 @@ from diffspec.lengths import Lengths
 from diffspec.optimizing import lanes as lanes_module
 from diffspec.optimizing.candidates import replicas_of
 from diffspec.optimizing.lanes import asked_of, join, largest_rates, limited_values
-from diffspec.optimizing.limits import LIMITED, PERCENTILE_LIMITED, Limit, parse_limit
+from diffspec.optimizing.limits import LIMITED, PERCENTILE_METRICS, Limit, parse_limit
 from diffspec.optimizing.pareto import non_dominated
 from diffspec.optimizing.servers import prices, server_of
 from diffspec.optimizing.size import SIZED, size
@@ -112,7 +112,7 @@ def test_limits_on_percentiles_are_read_where_they_are_allowed():
     assert parse_limit("ttft_p95 < 0.5", SIZED) == Limit("ttft_p95", 1, 0.5)
     assert parse_limit("itl_p99<0.1", SIZED).percentile == ("itl", 0.99)
     assert parse_limit("ttft_mean<0.5").percentile is None
-    assert len(PERCENTILE_LIMITED) == 16 and not set(PERCENTILE_LIMITED) & set(LIMITED)
+    assert len(PERCENTILE_METRICS) == 16 and not set(PERCENTILE_METRICS) & set(LIMITED)
     with pytest.raises(InputError, match="unknown metric 'ttft_p95'; allowed: ttft_mean"):
         parse_limit("ttft_p95<0.5")
     with pytest.raises(InputError, match="did you mean 'ttft_p9"):

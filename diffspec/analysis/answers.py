@@ -30,6 +30,11 @@ METRICS = {
 """Metric names of limits, objectives and sensitivities -> field of :class:`diffspec.serving.Prediction`."""
 
 
+def metric_values(prediction: Prediction) -> dict[str, Any]:
+    """The metrics of a prediction by their names in :data:`METRICS`; traceable."""
+    return {name: getattr(prediction, field) for name, field in METRICS.items()}
+
+
 PERCENTILE_DRAWS = 32
 """Draws behind the intervals of percentiles, which take their time one by one."""
 _NAMES = tuple(f"p{percent}" for percent in PERCENTILES)
@@ -206,8 +211,7 @@ def _states(workload: Workload, config: Configuration, prediction: Prediction) -
 def _percentiles(serving, workload, config, states: int, ttft, e2e_latency) -> dict[str, np.ndarray]:
     """Percentiles by metric, scaled to the means given, and the probability to wait."""
     found = _distribution(serving, workload, config, Lengths.lognormal(float(workload.output_scv)), states)
-    scale = {"ttft": float(ttft) / float(found.ttft_mean), "e2e": float(e2e_latency) / float(found.e2e_mean)}
-    values = {name: np.asarray(getattr(found, name)) * scale.get(name, 1.0) for name in ("ttft", "tpot", "itl", "e2e")}
+    values = {name: np.asarray(value) for name, value in found.at_means(float(ttft), float(e2e_latency)).items()}
     return values | {"waiting_probability": np.asarray(found.requests.waiting_probability)}
 
 

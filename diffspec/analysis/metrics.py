@@ -19,16 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffspec.analysis.answers import METRICS
+from diffspec.analysis.answers import METRICS, metric_values
 from diffspec.analysis.inputs import Inputs, Point
 from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import batch_cap
+from diffspec.latency_distribution import PERCENTILE_METRICS
 from diffspec.lengths import Lengths
-from diffspec.percentiles import PERCENTILES, predict_distribution, states_for
+from diffspec.percentiles import predict_distribution, states_for
 from diffspec.prediction import Prediction
 from diffspec.results import InputError
 
-PERCENTILE_METRICS = tuple(f"{name}_p{percent}" for name in ("ttft", "tpot", "itl", "e2e") for percent in PERCENTILES)
 ROOTS = ("breakeven_rate", "best_draft_length")
 EXPLAINED = (*METRICS, *PERCENTILE_METRICS, *ROOTS)
 """Metrics that :func:`diffspec.analysis.sensitivity.sensitivity` explains."""
@@ -99,7 +99,7 @@ def all_of(metric: Metric, point: Point, law: Law | None = None) -> tuple[Any, P
     ``law``: of output lengths, which percentiles need."""
     prediction = point.serving.predict(point.workload, point.config)
     if metric.family == "means":
-        return jnp.stack([jnp.asarray(getattr(prediction, field)) for field in METRICS.values()]), prediction
+        return jnp.stack([jnp.asarray(value) for value in metric_values(prediction).values()]), prediction
     if metric.family == "percentiles":
         assert law is not None
         return _percentiles(metric.states, point, prediction, law), prediction
@@ -159,8 +159,7 @@ def _law(point: Point) -> Law:
 def _percentiles(states: int, point: Point, prediction: Prediction, law: Law):
     lengths = law.at(point.workload.output_scv)
     found = predict_distribution(*point, lengths, states=states)
-    scale = {"ttft": prediction.ttft / found.ttft_mean, "e2e": prediction.e2e_latency / found.e2e_mean}
-    return jnp.concatenate([getattr(found, name) * scale.get(name, 1.0) for name in ("ttft", "tpot", "itl", "e2e")])
+    return jnp.concatenate(list(found.at_means(prediction.ttft, prediction.e2e_latency).values()))
 
 
 def _newton(function: Callable, root):

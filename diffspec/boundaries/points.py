@@ -300,8 +300,7 @@ def _joules_of(server: Server) -> Callable:
 
             def arm(length, batch, rate):
                 chosen = eqx.tree_at(lambda c: c.draft_length, config, length)
-                n = when_busy(batch) if workload.is_open else batch
-                return joules(there, model.step_time, workload, chosen, n, rate)
+                return joules(there, model.step_time, workload, chosen, when_busy(batch, workload), rate)
 
             return jax.vmap(arm)(lengths, batches, rates)
 

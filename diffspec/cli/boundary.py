@@ -106,8 +106,7 @@ def command(
     if plot is not None:
         from diffspec.report import boundary_figures, figures
 
-        drawn = boundary_figures.boundary(answer)
-        files[plot] = boundary_figures.svg(drawn) if plot.suffix.lower() == ".svg" else figures.png(drawn)
+        files[plot] = figures.picture(boundary_figures.boundary(answer), plot)
     deliver(answer, boundary_tables.boundary, as_json=as_json, out=out, files=files, inputs=subject.inputs)
     if answer["outcome"] != "successful":
         raise typer.Exit(1)

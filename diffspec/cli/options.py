@@ -219,11 +219,14 @@ class WorkloadOptions:
             )
         return acceptance_from_tokens_per_step(self.tokens_per_step, draft_length)
 
-    def configuration(self, deployment: "FittedDeployment", draft_length: float) -> "Configuration":
-        """The deployment's configuration at this draft length, with what was asked for in place of its own."""
+    def configuration(
+        self, deployment: "FittedDeployment", draft_length: float, *, one_length: bool = True
+    ) -> "Configuration":
+        """The deployment's configuration at this draft length, with what was asked for in place of its own; where it is
+        not the ``one_length`` that is asked about, an acceptance that holds at one draft length is refused."""
         return deployment.configuration(
             draft_length,
-            acceptance=self.acceptance_model(draft_length),
+            acceptance=self.acceptance_model(draft_length if one_length else None),
             max_batch_size=self.max_batch_size,
             max_batched_tokens=self.max_batched_tokens,
             drafter_params=self.drafter_params,

@@ -10,7 +10,6 @@ from diffspec.cli.options import WorkloadOptions
 
 if TYPE_CHECKING:
     from diffspec.analysis.simulated import Replayed
-    from diffspec.configuration import Configuration
     from diffspec.fitting.deployment import FittedDeployment
     from diffspec.optimizing.schedule_files import ReadSchedule
     from diffspec.traces.arrival_list import ArrivalList
@@ -114,19 +113,6 @@ def with_file_lengths(asked: WorkloadOptions, arrivals: "ArrivalList | None") ->
     told = arrivals.summary()
     found = {name: told[name] for name in ("prompt_length", "output_length") if getattr(asked, name) is None}
     return dataclasses.replace(asked, **{name: value for name, value in found.items() if math.isfinite(value)})
-
-
-def configuration_of_schedule(
-    asked: WorkloadOptions, deployment: "FittedDeployment", longest: float
-) -> "Configuration":
-    """The configuration at the longest draft of a schedule; an acceptance that holds at one draft length is refused."""
-    return deployment.configuration(
-        longest,
-        acceptance=asked.acceptance_model(None),
-        max_batch_size=asked.max_batch_size,
-        max_batched_tokens=asked.max_batched_tokens,
-        drafter_params=asked.drafter_params,
-    )
 
 
 def replay_workload(

@@ -10,7 +10,6 @@ from diffspec.cli.output import deliver, note, progress_bar
 from diffspec.cli.prepare import prepare_jax
 from diffspec.cli.replay import (
     ReplayOptions,
-    configuration_of_schedule,
     replay_workload,
     replayed_requests,
     with_file_lengths,
@@ -101,11 +100,7 @@ def command(
         notes, more = notes + said, {"arrivals": told}
     schedule = replay.read_schedule(workload)
     longest = longest if schedule is None else float(schedule.longest)
-    config = (
-        asked.configuration(deployment, longest)
-        if schedule is None
-        else configuration_of_schedule(asked, deployment, longest)
-    )
+    config = asked.configuration(deployment, longest, one_length=schedule is None)
     played = None if schedule is None or longest == 0 else DraftSchedule(schedule.ranges, schedule.bands)
     with progress_bar("simulate") as progress:
         answer, found = simulate_answer(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffspec.analysis.answers import METRICS
+from diffspec.analysis.answers import metric_values
 from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.first_principles import FirstPrinciples
@@ -138,7 +138,7 @@ def _evaluate(function: Callable, longest: int, serving: ServingModel, workloads
 
 
 def _means(serving: ServingModel, workload: Workload, config: Configuration, found: Prediction, data):
-    return {name: getattr(found, field) for name, field in METRICS.items()}
+    return metric_values(found)
 
 
 @lru_cache
@@ -156,25 +156,24 @@ def looked_at(question: Question, states: int, pair_json: str | None) -> Callabl
 
     def function(serving: ServingModel, workload: Workload, config: Configuration, found: Prediction, data):
         bounds, law, price = data
-        values: dict[str, Any] = _means(serving, workload, config, found, data)
+        values: dict[str, Any] = metric_values(found)
         if question.spread:
             means = {"ttft": found.ttft, "e2e": found.e2e_latency}
             times: Mapping[str, Any] = {name: bounds[place] for name, place in places.items()}
             spread = predict_distribution(
                 serving, workload, config, law, states=states, percentiles=percents, at=times, means=means
             )
-            own = {"ttft": spread.ttft_mean, "e2e": spread.e2e_mean}
+            tails = spread.at_means(**means)
             for name in question.percentiles:
                 metric, percent = name.split("_p")
-                scale = means[metric] / own[metric] if metric in own else 1.0
-                values[name] = getattr(spread, metric)[percents.index(int(percent))] * scale
+                values[name] = tails[metric][percents.index(int(percent))]
             if "goodput" in question.metrics:
                 share = jnp.prod(jnp.concatenate(list(spread.attained.values())))
                 values["goodput"] = found.throughput * jnp.maximum(share, 1e-12)  # for its logarithm
         if "cost" in question.metrics:
             values["cost"] = hours_per_million(price, found.throughput, workload.output_length)
         if "energy" in question.metrics and pair is not None:
-            batch = when_busy(found.effective_batch_size) if workload.is_open else found.effective_batch_size
+            batch = when_busy(found.effective_batch_size, workload)
             spent = joules(pair, serving.step_time, workload, config, batch, found.throughput)
             values["energy"] = MILLION * spent
         return values

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffspec.analysis.answers import METRICS
+from diffspec.analysis.answers import metric_values
 from diffspec.analysis.plain import FAST_COMPILE, finite
 from diffspec.configuration import Configuration
 from diffspec.experts import CoverageTable, log_nodes
@@ -36,7 +36,7 @@ def _evaluate(longest: int, serving: ServingModel, tables: CoverageTable, worklo
 
     def point(table, length):
         prediction = routed(serving, table).predict(workload, at_draft_length(config, length))
-        values = {name: getattr(prediction, field) for name, field in METRICS.items()}
+        values = metric_values(prediction)
         return values, prediction.result == RESULTS.saturated
 
     return jax.vmap(lambda table: jax.vmap(lambda length: point(table, length))(lengths))(tables)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance, ConstantAcceptance
-from diffspec.analysis.answers import METRICS
+from diffspec.analysis.answers import metric_values
 from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
 from diffspec.optimizing.catalogue import RequestClass
@@ -148,7 +148,7 @@ def predicted(drafted: Drafted, shapes: Shapes, load, point):
         for c in range(count)
     ]
     found = drafted.serving.predict_classes(workloads, configs)
-    metrics = {name: getattr(found, field) for name, field in METRICS.items()}
+    metrics = metric_values(found)
     return metrics, found.overload[0], (found.result == RESULTS.saturated)[0]
 
 

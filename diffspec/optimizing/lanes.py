@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import elementwise
 
-from diffspec.analysis.answers import METRICS
+from diffspec.analysis.answers import metric_values
 from diffspec.configuration import Configuration
 from diffspec.lengths import Lengths
 from diffspec.optimizing.limits import Limit
@@ -135,7 +135,7 @@ def _evaluate(states: int, models, workloads, configs, lengths, rates, times, ch
         model = dataclasses.replace(model, waiting_states=states)
         load = eqx.tree_at(lambda w: w.arrival_rate, workload, rate)
         found = model.predict(load, config)
-        means = {name: getattr(found, field) for name, field in METRICS.items()} | {"batch": found.effective_batch_size}
+        means = metric_values(found) | {"batch": found.effective_batch_size}
         if not asked:
             return means, {}
         scaled = {"ttft": found.ttft, "e2e": found.e2e_latency}

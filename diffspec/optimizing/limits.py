@@ -12,13 +12,11 @@ import numpy as np
 
 from diffspec.acceptance import MAX_DRAFT_LENGTH
 from diffspec.analysis.answers import METRICS
-from diffspec.latency_distribution import PERCENTILES
+from diffspec.latency_distribution import PERCENTILE_METRICS
 from diffspec.results import InputError
 
 LOOPS = ("arrival_rate", "concurrency")
 LIMITED = ("ttft_mean", "itl_mean", "tpot_mean", "e2e_mean", "throughput", "utilization")
-PERCENTILE_LIMITED = tuple(f"{name}_p{percent}" for name in ("ttft", "tpot", "itl", "e2e") for percent in PERCENTILES)
-"""Limits on percentiles, which only open loops have; allowed where a verb says so."""
 MAXIMISED = ("throughput", "goodput")
 EQUAL = 1e-3
 """Goodputs that agree to this, relatively, are equally good."""
@@ -40,7 +38,7 @@ class Limit(NamedTuple):
         >>> Limit("ttft_p95", 1, 0.5).percentile
         ('ttft', 0.95)
         """
-        if self.metric not in PERCENTILE_LIMITED:
+        if self.metric not in PERCENTILE_METRICS:
             return None
         metric, percent = self.metric.split("_p")
         return metric, float(percent) / 100.0

@@ -15,7 +15,7 @@ import numpy as np
 from diffspec.optimizing.limits import (
     LIMITED,
     OBJECTIVES,
-    PERCENTILE_LIMITED,
+    PERCENTILE_METRICS,
     Limit,
     check_loads,
     check_throughput,
@@ -27,8 +27,8 @@ PER_REQUEST = ("ttft", "tpot", "e2e")
 """Limits that a single request keeps or not, which goodput counts."""
 SPENT = ("energy", "cost")
 """Per million output tokens: J, and money."""
-ALL_OBJECTIVES = (*OBJECTIVES, *PERCENTILE_LIMITED, "goodput", *SPENT)
-ALL_LIMITED = (*LIMITED, *PERCENTILE_LIMITED, "goodput", *SPENT, *PER_REQUEST)
+ALL_OBJECTIVES = (*OBJECTIVES, *PERCENTILE_METRICS, "goodput", *SPENT)
+ALL_LIMITED = (*LIMITED, *PERCENTILE_METRICS, "goodput", *SPENT, *PER_REQUEST)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Question:
         >>> read_question("e2e_mean", ["ttft_p95<0.5"], "arrival_rate", [1.0], 8).percentiles
         ('ttft_p95',)
         """
-        return tuple(name for name in self.metrics if name in PERCENTILE_LIMITED)
+        return tuple(name for name in self.metrics if name in PERCENTILE_METRICS)
 
     @property
     def bounds(self) -> np.ndarray:

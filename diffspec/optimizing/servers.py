@@ -238,12 +238,13 @@ def joules_per_token(
     step = server.deployment.serving.step_time
     with jax.numpy_dtype_promotion("standard"):
         one = partial(joules, pair, step, workload)
-        return np.asarray(jax.vmap(one)(configs, when_busy(jnp.asarray(batches)), jnp.asarray(rates)))
+        return np.asarray(jax.vmap(one)(configs, when_busy(jnp.asarray(batches), workload), jnp.asarray(rates)))
 
 
-def when_busy(batch):
-    """Mean [req] of a Poisson batch that is not empty, from the mean ``batch`` [req] of all."""
-    return batch / -jnp.expm1(-jnp.maximum(batch, 1e-9))
+def when_busy(batch, workload: Workload):
+    """Mean [req] of a batch that is not empty, from the mean ``batch`` [req] of all: Poisson in an open loop; a closed
+    one is never empty."""
+    return batch / -jnp.expm1(-jnp.maximum(batch, 1e-9)) if workload.is_open else batch
 
 
 def joules(pair: FirstPrinciples, step: AbstractStepTime, workload: Workload, config: Configuration, n, rate) -> Scalar:

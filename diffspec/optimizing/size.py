@@ -20,13 +20,13 @@ from diffspec.optimizing.candidates import NO_ENERGY, Candidates, candidates
 from diffspec.optimizing.curve import capacity_curve, knob_range
 from diffspec.optimizing.drawn_rates import drawn_rates, rate_intervals
 from diffspec.optimizing.lanes import LEAST, LargestRates, largest_rates, limited_values
-from diffspec.optimizing.limits import LIMITED, PERCENTILE_LIMITED, Limit, parse_limit
+from diffspec.optimizing.limits import LIMITED, PERCENTILE_METRICS, Limit, parse_limit
 from diffspec.optimizing.pareto import pareto
 from diffspec.optimizing.servers import USUAL_CAP, Server, prices, server_of
 from diffspec.results import InputError
 from diffspec.workload import Workload, check_range
 
-SIZED = (*(name for name in LIMITED if name != "throughput"), *PERCENTILE_LIMITED)
+SIZED = (*(name for name in LIMITED if name != "throughput"), *PERCENTILE_METRICS)
 MINIMISED = ("cost", "device_hours", "energy")
 SHORTLIST = 8
 """Candidates, the best at the centre, whose draws are looked at where a risk is asked for, beside the best without

@@ -1,6 +1,5 @@
 """The figure of `diffspec boundary`: the map with its contour, the best draft lengths, and how sure the sign is."""
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,13 +20,6 @@ NAMES = {
     "does_not_fit": "does not fit",
 }
 MOST_TICKS = 8
-
-
-def svg(figure: Figure) -> bytes:
-    """The figure as SVG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return buffer.getvalue()
 
 
 def boundary(answer: Mapping[str, Any], title: str | None = None) -> Figure:
