@@ -162,6 +162,7 @@ def test_a_run_at_its_cap_and_overloaded(use, n, law):
         assert float(told.waiting_time) == pytest.approx(waiting.value, rel=0.08 + waiting.relative)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("concurrency", "k"), [(1, 0), (8, 4), (32, 0), (32, 4)])
 def test_a_closed_loop_is_as_fast_as_simulated(concurrency, k):
     config = Configuration(float(k), ConstantAcceptance(0.8))

@@ -176,6 +176,7 @@ def test_a_weighted_objective_is_the_weighted_mean():
     assert found[0] == pytest.approx((0.7 * (0.5 + 0.2) + 0.6 * (1.0 + 0.8)) / 1.3, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_the_best_size_lies_between_the_catalogues(decide):
     """Along logit(acceptance) = a + b*log(size) the real size is at least as good as the sizes it is drawn through."""
     known = ((0.25e9, 0.45), (1e9, 0.7), (4e9, 0.87))

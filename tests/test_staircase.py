@@ -61,6 +61,7 @@ def test_prefill_and_large_batches_are_not_padded():
     assert CAPTURE_SIZES[:5] == (1, 2, 4, 8, 16) and CAPTURE_SIZES[-1] == 512
 
 
+@pytest.mark.slow
 def test_a_decision_is_scored_again_on_the_staircase():
     """The sizes that vLLM captures cost 1 to 5 % here; the chain sees it as the simulator does."""
     step = StaircaseStepTime(SMOOTH)

@@ -238,6 +238,7 @@ def test_an_overloaded_server_has_numbers_and_a_closed_loop_an_error():
         predict_distribution(MODEL, Workload(1.0, 1.0, concurrency=2.0), config, Lengths.fixed(), states=64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [None, 256])
 def test_prompts_make_long_gaps_and_chunks_shorter_ones(budget):
     """Gaps between events with prompts of 2,000 tokens: p50, p90 and p99 as simulated; a budget cuts the longest."""
@@ -265,6 +266,7 @@ def test_the_chain_is_large_enough():
     assert states_for(None, 500.0) == 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompt", "budget", "k", "rate"),
     [
@@ -325,6 +327,7 @@ def test_a_closed_loop_under_a_token_budget(prompt, output, budget, k):
         assert float(predict(MODEL, load, config).throughput) == pytest.approx(found.throughput.value, rel=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompt", "output", "use"), [(4000.0, 120.0, 0.6), (300.0, 120.0, 0.3), (8000.0, 4.0, 0.6)])
 def test_prompts_wait_for_each_other_with_and_without_a_budget(prompt, output, use):
     """Without a budget mean ttft is the simulator's within 5 % (a model whose prompts all fall into decode reads 15 to
