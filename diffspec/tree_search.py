@@ -40,6 +40,16 @@ def best_tree(budget: int, probabilities, max_depth: int) -> Tree:
     return programme.tree(int(np.argmax(programme.best)))
 
 
+def best_trees(budget: int, probabilities, max_depth: int) -> list[Tree]:
+    """:func:`best_tree` of exactly 0, 1, ..., ``budget`` nodes, where there is a tree of so many; from one programme.
+
+    >>> [tree.parents for tree in best_trees(2, [[0.6, 0.3]], max_depth=3)]
+    [(), (-1,), (-1, 0)]
+    """
+    programme = _Programme(budget, _host(probabilities, max_depth), max_depth)
+    return [programme.tree(size) for size in range(budget + 1) if np.isfinite(programme.best[size])]
+
+
 def best_budget(
     step_time: AbstractStepTime,
     probabilities,

@@ -24,7 +24,7 @@ LAYERS = (
     ("workload", "lengths", "hardware", "architecture"),
     (
         *("acceptance_curves", "acceptance", "acceptance_decay", "experts"),
-        *("batch_state", "drafters", "step_time", "staircase", "trees", "tree_search"),
+        *("batch_state", "drafters", "step_time", "staircase", "trees", "tree_search", "tree_shapes"),
         *("first_principles", "resources", "configuration", "request_cost"),
     ),
     ("request_mix", "prediction", "steady_state", "break_even", "finite_runs", "waiting", "simulating"),

@@ -280,22 +280,21 @@ def test_the_command_decides_jointly(deployment, tmp_path, capsys):
         "- {name: chat, share: 7, prompt_length: 300, output_length: 200}\n"
         "- {name: code, share: 3, prompt_length: 800, output_length: 100, slo: ttft_mean<0.075}\n"
     )
-    (tmp_path / "drafters.yaml").write_text(second.replace("acceptance_rate: 0.6", "acceptance_rate: 0.65"))
+    (tmp_path / "drafters.yaml").write_text(second.split("- name: eagle trees")[0])
     model = FittedModel({deployment.name: deployment}, "0" * 64, {})
     for name in ("model.json", "eagle.json"):
         (tmp_path / name).write_text(model.to_json())
     command = ["optimize", str(tmp_path / "model.json"), "--arrival-rate", "2,12", "--max-draft-length", "5"]
     command += ["--classes", str(tmp_path / "classes.yaml"), "--drafters", str(tmp_path / "drafters.yaml")]
     command += ["--batch-caps", "8,48", "--acceptance-rate", "0.8"]
-    assert main([*command, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["drafters"] == ["small", "large", "eagle"] and [entry["load"] for entry in told["table"]] == [2.0, 12.0]
-    assert set(told["table"][0]["draft_lengths"]) == {"chat", "code"}
     assert main([*command, "--out", str(tmp_path / "answer.json")]) == 0
     shown = capsys.readouterr().out
     assert "joint decision by load" in shown and "what each class gets" in shown
-    assert json.loads((tmp_path / "answer.json").read_text())["table"] == told["table"]
+    told = json.loads((tmp_path / "answer.json").read_text())
+    assert told["drafters"] == ["small", "large", "eagle"] and [entry["load"] for entry in told["table"]] == [2.0, 12.0]
+    assert set(told["table"][0]["draft_lengths"]) == {"chat", "code"}
     assert main([*command, "--prompt-length", "10"]) == 2
+    assert main([*command, "--risk", "0.9"]) == 2 and "does not tell how sure" in capsys.readouterr().err
     assert main(["optimize", str(tmp_path / "model.json"), "--concurrency", "4", "--batch-caps", "8,16"]) == 2
     assert "closed loop" in capsys.readouterr().err
     configs = Path(__file__).parents[1] / "data" / "configs"

@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from diffspec.analysis.before_traces import Unmeasured
+    from diffspec.experts import CoverageTable
     from diffspec.fitting.deployment import FittedDeployment
 
 _PANEL = "Placement of experts"
@@ -86,6 +87,15 @@ class ExpertOptions:
             return deployment, None, answer
         unmeasured, answer = place_unmeasured(unmeasured, routes, **given, **asked)
         return unmeasured.deployment, unmeasured, answer
+
+    def candidates(self, deployment: "FittedDeployment", answer: dict[str, Any] | None) -> "dict[str, CoverageTable]":
+        """The placements that a joint decision compares; none without ``--experts``."""
+        if answer is None or self.experts is None:
+            return {}
+        from diffspec.optimizing.expert_balance import candidate_placements
+        from diffspec.traces.routing import read_routing
+
+        return candidate_placements(deployment, read_routing(self.experts), answer, self.any_rank_load)
 
     def files(self, answer: dict[str, Any] | None) -> dict[Path, str]:
         """What is written beside the answer: the placement, where there is one and a file for it was named."""

@@ -1,4 +1,4 @@
-"""Options of `diffspec optimize` for several classes of requests and a catalogue of drafters."""
+"""Options of `diffspec optimize` for several classes of requests, a catalogue of drafters, and replicas."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from diffspec.cli.options import WorkloadOptions, parse_loads, read_model
 if TYPE_CHECKING:
     from diffspec.fitting.deployment import FittedDeployment
 
-_PANEL = "Several classes, several drafters (decided together)"
+_PANEL = "Several classes, drafters, batch caps, replicas (decided together)"
 
 
 def _option(name: str, metavar: str, text: str) -> Any:
@@ -30,6 +30,7 @@ class JointOptions:
         None
     )
     batch_caps: Annotated[str | None, _option("--batch-caps", "16,32,64", "Batch caps to choose from.")] = None
+    replicas: Annotated[str | None, _option("--replicas", "1,2,4", "How many replicas may share the load.")] = None
     template: Annotated[
         bool, typer.Option("--template", help="Print such files to start from, and exit.", rich_help_panel=_PANEL)
     ] = False
@@ -37,7 +38,7 @@ class JointOptions:
     @property
     def asked(self) -> bool:
         """True when one of them is given."""
-        return self.classes is not None or self.drafters is not None or self.batch_caps is not None
+        return any(value is not None for value in (self.classes, self.drafters, self.batch_caps, self.replicas))
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -48,11 +49,9 @@ class JointOptions:
         """The workload asked for with the mean lengths of the classes: what memory is planned for before any trace."""
         if self.classes is None or asked.prompt_length is not None or asked.output_length is not None:
             return asked
-        from diffspec.optimizing.catalogue import parse_classes
+        from diffspec.optimizing.catalogue import mean_request, parse_classes
 
-        classes = parse_classes(_text(self.classes), str(self.classes))
-        prompt = sum(one.share * one.prompt_length for one in classes)
-        output = sum(one.share * one.output_length for one in classes)
+        prompt, output, _ = mean_request(parse_classes(_text(self.classes), str(self.classes)))
         return dataclasses.replace(asked, prompt_length=prompt, output_length=output)
 
     def refuse(self, others: dict[str, Any]) -> None:
@@ -62,9 +61,51 @@ class JointOptions:
         given = [option for option, value in others.items() if value is not None]
         if given:
             raise InputError(
-                f"got {', '.join(given)} with --classes, --drafters or --batch-caps; allowed: one or the other (a "
-                "catalogue has each drafter's size)"
+                f"got {', '.join(given)} with --classes, --drafters, --batch-caps or --replicas; allowed: one or the "
+                "other (a catalogue has each drafter's size)"
             )
+
+    def replica_counts(self) -> list[int]:
+        """How many replicas to compare."""
+        from diffspec.results import InputError
+
+        if self.replicas is None:
+            return [1]
+        counts = parse_loads(self.replicas, "--replicas")
+        if any(count != int(count) for count in counts):
+            raise InputError(f"--replicas: got {self.replicas}; allowed: whole numbers, such as 1,2,4")
+        return [int(count) for count in counts]
+
+    def _loads(self, asked: WorkloadOptions) -> list[float]:
+        from diffspec.results import InputError
+
+        loop, loads = asked.loads()
+        if loop != "arrival_rate":
+            raise InputError(
+                "--concurrency: got a closed loop; allowed with --classes, --drafters, --batch-caps, --replicas: "
+                "--arrival-rate"
+            )
+        return loads
+
+    def mean_question(
+        self, deployment: "FittedDeployment", asked: WorkloadOptions, max_draft_length: int
+    ) -> dict[str, Any]:
+        """What a placement of experts is looked for: the mean request, at each load [req/s] that a replica may have."""
+        from diffspec.optimizing.catalogue import mean_request, parse_classes
+
+        loads = self._loads(asked)
+        prompt, output, _ = self.with_mean_lengths(asked).lengths(deployment.measured)
+        acceptance = asked.acceptance_model(None)
+        if acceptance is None and self.classes is not None:
+            _, _, acceptance = mean_request(parse_classes(_text(self.classes), str(self.classes)))
+        return {
+            "loads": sorted({load / count for load in loads for count in self.replica_counts()}),
+            "prompt_length": prompt,
+            "output_length": output,
+            "max_draft_length": max_draft_length,
+            "acceptance": acceptance,
+            "max_batched_tokens": asked.max_batched_tokens,
+        }
 
     def print_template(self) -> None:
         """Both files, commented, on stdout."""
@@ -84,11 +125,7 @@ class JointOptions:
         from diffspec.optimizing.joint import optimize_jointly
         from diffspec.results import InputError
 
-        loop, loads = asked.loads()
-        if loop != "arrival_rate":
-            raise InputError(
-                "--concurrency: got a closed loop; allowed with --classes, --drafters, --batch-caps: --arrival-rate"
-            )
+        loads = self._loads(asked)
         acceptance, notes = asked.acceptance_model(None), []
         if self.classes is None:
             prompt, output, notes = asked.lengths(deployment.measured)
@@ -107,6 +144,7 @@ class JointOptions:
 
             drafters = parse_drafters(_text(self.drafters), str(self.drafters), read)
         caps = [] if self.batch_caps is None else parse_loads(self.batch_caps, "--batch-caps")
+        replicas = self.replica_counts()
         if asked.max_batch_size is not None:
             if caps:
                 raise InputError("batch cap: got --max-batch-size and --batch-caps; allowed: one of them")
@@ -117,6 +155,7 @@ class JointOptions:
             classes=classes,
             drafters=drafters,
             batch_caps=caps,
+            replicas=replicas,
             max_batched_tokens=asked.max_batched_tokens,
             acceptance=acceptance,
             progress=progress,

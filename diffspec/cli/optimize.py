@@ -1,8 +1,9 @@
 """`diffspec optimize`: the draft length for each load."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,8 +58,9 @@ def command(
     cost with --cost-per-hour), utilization as a limit, and goodput: the requests per second that keep limits on single
     ones, such as --slo "ttft<0.5" --slo "tpot<0.03" --objective goodput.
 
-    Before any trace, or on other hardware: --verifier and --hardware as predict takes them. With --classes, --drafters
-    or --batch-caps the drafter, the draft length of each class and the batch cap are decided together at each load.
+    Before any trace, or on other hardware: --verifier and --hardware as predict takes them. With --classes, --drafters,
+    --batch-caps or --replicas the drafter, the draft length of each class or the tree, the batch cap and how many
+    replicas share the load are decided together at each load.
     With --experts it also places a mixture's experts on --expert-ranks, together with the draft length.
     """
     if joint.template:
@@ -70,24 +72,16 @@ def command(
 
     deployment, unmeasured = subject.find(joint.with_mean_lengths(asked), max_draft_length)
     if joint.asked:
-        from diffspec.report import joint_tables
-
-        apart = {"--experts": placing.experts, "--capture-sizes": capture_sizes, "--plot": plot}
-        apart |= {"--drafter-params": asked.drafter_params, "--risk": risk, "--cost-per-hour": cost_per_hour}
+        apart = {"--capture-sizes": capture_sizes, "--plot": plot, "--drafter-params": asked.drafter_params}
         joint.refuse(apart)
+        prices, listed = read_prices(cost_per_hour)
         question = {"max_draft_length": max_draft_length, "slo": slo or [], "objective": objective}
-        with progress_bar("optimize") as progress:
-            answer, notes = joint.decide(deployment, asked, progress, **question)
-        if unmeasured is not None:
-            answer |= unmeasured.told()
-            answer["warnings"].append("what is not known before any trace is in no interval here")
-            if not unmeasured.plan.fits:
-                empty = {"table": [], "policy": [], "optimality_gap": None, "infeasible": None, "warnings": []}
-                answer |= empty | {"outcome": "does_not_fit"}
+        question |= {"risk": risk, "cost_per_hour": prices}
+        answer, notes, files = _jointly(deployment, unmeasured, asked, joint, placing, question)
         note(notes)
         note(answer["warnings"], "warning")
-        inputs = subject.inputs + joint.inputs
-        deliver(answer, joint_tables.joint, as_json=as_json, out=out, inputs=inputs)
+        inputs = subject.inputs + joint.inputs + placing.inputs + listed
+        deliver(answer, _joint_tables, as_json=as_json, out=out, files=files, inputs=inputs)
         if answer["outcome"] != "successful":
             raise typer.Exit(1)
         return
@@ -137,3 +131,42 @@ def command(
     deliver(answer, show, as_json=as_json, out=out, files=files, inputs=subject.inputs + placing.inputs + listed)
     if answer["outcome"] != "successful":
         raise typer.Exit(1)
+
+
+def _jointly(
+    deployment,
+    unmeasured,
+    asked: WorkloadOptions,
+    joint: JointOptions,
+    placing: ExpertOptions,
+    question: dict[str, Any],
+) -> tuple[dict[str, Any], list[str], dict[Path, str | bytes]]:
+    """(answer, notes, files) where more is decided than the draft length."""
+    with progress_bar("optimize") as progress:
+        share, mean = 0.0, {}
+        if placing.experts is not None:
+            share, mean = 0.6, joint.mean_question(deployment, asked, question["max_draft_length"])
+        deployment, unmeasured, placed = placing.place(
+            deployment, unmeasured, **mean, progress=half(progress, 0.0, share)
+        )
+        question["draws"] = None if unmeasured is None else unmeasured.models()
+        question["placements"] = placing.candidates(deployment, placed)
+        answer, notes = joint.decide(deployment, asked, half(progress, share, 1.0), **question)
+    if placed is not None:
+        answer |= {"experts": placed, "warnings": answer["warnings"] + placed["warnings"]}
+    if unmeasured is not None:
+        answer |= unmeasured.told()
+    lost = (unmeasured is not None and not unmeasured.plan.fits) or (placed or {}).get("outcome") == "does_not_fit"
+    if lost:
+        empty: dict[str, Any] = {name: [] for name in ("table", "policy", "warnings")}
+        empty |= dict.fromkeys(("optimality_gap", "infeasible", "intervals"))
+        answer |= empty | {"outcome": "does_not_fit"}
+    return answer, notes, {**placing.files(placed)}
+
+
+def _joint_tables(told: dict[str, Any]) -> Iterator[Any]:
+    from diffspec.report import expert_tables, joint_tables
+
+    yield from joint_tables.joint(told)
+    if "experts" in told:
+        yield from expert_tables.placement(told["experts"])

@@ -13,6 +13,7 @@ from diffspec.acceptance import AbstractAcceptance, ConstantAcceptance, Position
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.optimizing.limits import Limit, parse_limit
 from diffspec.results import InputError
+from diffspec.trees import check_probabilities
 from diffspec.workload import check_range
 
 CLASSES_EXAMPLE = """classes:
@@ -37,7 +38,14 @@ DRAFTERS_EXAMPLE = """drafters:
   acceptance_rate: {chat: 0.7, code: 0.85}   # by class
 - name: eagle
   model: eagle.json         # a fitted model of its own
+- name: eagle trees
+  candidates: [[0.6, 0.15, 0.05], [0.55, 0.15, 0.05]]   # P(candidate accepted | parent was): depths x ranks
+  max_nodes: 16             # the tree of 1 to so many drafted tokens is decided, too
 """
+
+
+MOST_NODES = 32
+"""Drafted tokens of the largest tree to consider, unless told."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +70,25 @@ class RequestClass:
 @dataclass(frozen=True)
 class DrafterChoice:
     """One drafter of a catalogue: ``drafter_params`` scale the fitted drafter, or a ``deployment`` has its own;
-    ``acceptance`` for all classes, ``by_class`` for some."""
+    ``acceptance`` for all classes, ``by_class`` for some.
+
+    A drafter that draws trees has ``candidates`` instead (or ``candidates_by_class``): P(the r-th candidate at depth d
+    is accepted, given its parent was) [depth, rank], the last row for deeper levels; ``max_nodes`` [tok] of a tree.
+    """
 
     name: str
     drafter_params: float | None = None
     acceptance: AbstractAcceptance | None = None
     by_class: Mapping[str, AbstractAcceptance] | None = None
     deployment: FittedDeployment | None = None
+    candidates: np.ndarray | None = None
+    candidates_by_class: Mapping[str, np.ndarray] | None = None
+    max_nodes: int = MOST_NODES
+
+    @property
+    def draws_trees(self) -> bool:
+        """True where its drafts are trees, whose shape is decided too."""
+        return self.candidates is not None or self.candidates_by_class is not None
 
 
 def parse_classes(text: str, source: str = "classes") -> tuple[RequestClass, ...]:
@@ -104,6 +124,22 @@ def parse_classes(text: str, source: str = "classes") -> tuple[RequestClass, ...
     return tuple(RequestClass(**{**vars(one), "share": one.share / total}) for one in found)
 
 
+def mean_request(classes: Sequence[RequestClass]) -> tuple[float, float, AbstractAcceptance | None]:
+    """(prompt length, output length [tok], acceptance rate) of the mean request; None where classes have no constant
+    rate each.
+
+    >>> prompt, output, acceptance = mean_request(parse_classes(CLASSES_EXAMPLE))
+    >>> prompt, output, round(float(acceptance.acceptance_rate), 4)
+    (500.0, 160.0, 0.76)
+    """
+    prompt, output = (sum(one.share * getattr(one, name) for one in classes) for name in _LENGTHS)
+    rates = [one.acceptance.acceptance_rate for one in classes if isinstance(one.acceptance, ConstantAcceptance)]
+    if len(rates) < len(classes):
+        return prompt, output, None
+    rate = sum(one.share * rate for one, rate in zip(classes, rates, strict=True))
+    return prompt, output, ConstantAcceptance(rate)
+
+
 def parse_drafters(
     text: str, source: str = "drafters", read: Callable[[str], FittedDeployment] | None = None
 ) -> tuple[DrafterChoice, ...]:
@@ -112,7 +148,8 @@ def parse_drafters(
     Errors: :class:`InputError` as :func:`parse_classes`.
     """
     found = []
-    for entry, name in _entries(text, source, "drafters", ("name", "drafter_params", "model", *_ACCEPTANCE)):
+    allowed = ("name", "drafter_params", "model", "candidates", "max_nodes", *_ACCEPTANCE)
+    for entry, name in _entries(text, source, "drafters", allowed):
         where = f"{source}: drafter {name!r}"
         if "model" in entry and "drafter_params" in entry:
             raise InputError(f"{where}: got model and drafter_params; allowed: one of them")
@@ -123,8 +160,41 @@ def parse_drafters(
             params = _number(entry, where, "drafter_params", None, 0, 1e15, low_open=True)
         acceptance, by_class = _acceptance(entry, where)
         own = None if "model" not in entry or read is None else read(entry["model"])
-        found.append(DrafterChoice(name, params, acceptance, by_class, own))
+        candidates, most = _candidates(entry, where)
+        tables = (None, candidates) if isinstance(candidates, dict) else (candidates, None)
+        found.append(DrafterChoice(name, params, acceptance, by_class, own, *tables, most))
     return tuple(found)
+
+
+def _candidates(entry: dict[str, Any], where: str):
+    """(candidates' probabilities, of all or by class; most nodes) of an entry."""
+    if "candidates" not in entry:
+        if "max_nodes" in entry:
+            raise InputError(f"{where}: max_nodes: goes with candidates, of a drafter that draws trees")
+        return None, MOST_NODES
+    given = [name for name in _ACCEPTANCE if name in entry]
+    if given:
+        raise InputError(f"{where}: got candidates and {given[0]}; allowed: one of them")
+    most = _number(entry, where, "max_nodes", float(MOST_NODES), 1, 256)
+    if most != int(most):
+        raise InputError(f"{where}: max_nodes: got {most!r}; allowed: whole numbers, 1 to 256")
+
+    def one(value, where):
+        rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+        try:
+            longest = max(len(row) for row in rows)
+            table = np.asarray([[*(float(p) for p in row), *[0.0] * (longest - len(row))] for row in rows])
+            return np.asarray(check_probabilities(table))
+        except (TypeError, ValueError, InputError) as error:
+            raise InputError(
+                f"{where}: candidates: got {value!r}; allowed: rows of probabilities, the best candidate first, each "
+                f"row at most 1 in sum, such as [[0.6, 0.2], [0.5, 0.2]] ({error})"
+            ) from None
+
+    value = entry["candidates"]
+    if isinstance(value, dict):
+        return {str(name): one(table, f"{where}: {name}") for name, table in value.items()}, int(most)
+    return one(value, where), int(most)
 
 
 def acceptance_of_size(drafters: Sequence[DrafterChoice]) -> tuple[float, float]:
@@ -154,6 +224,7 @@ def acceptance_of_size(drafters: Sequence[DrafterChoice]) -> tuple[float, float]
 
 
 _ACCEPTANCE = ("acceptance_rate", "position_acceptance")
+_LENGTHS = ("prompt_length", "output_length")
 
 
 def _entries(text: str, source: str, key: str, allowed: tuple[str, ...]):

@@ -163,6 +163,32 @@ def place_experts(
     }
 
 
+def candidate_placements(
+    deployment: FittedDeployment, routes: RoutingCounts, answer: dict[str, Any], any_rank_load: bool = False
+) -> dict[str, CoverageTable]:
+    """The different placements of an ``answer`` of :func:`place_experts`, for a decision that is about more than draft
+    length: the one for all loads, those chosen at single loads, EPLB's, and, where their busiest rank carries no more
+    than EPLB's or ``any_rank_load`` is asked for, round robin and those chosen by latency alone."""
+    count, per_token, _ = deployment.defaults["experts"]
+    popularity = routes.popularity(int(count), float(per_token))
+    told = {"all loads": answer["placement"]} if answer["placement"] else {}
+    for entry in answer["table"]:
+        told |= {f"at {entry['load']:g} req/s": entry["chosen"], "EPLB": entry["eplb"]}
+        told |= {
+            "round robin": entry["round_robin"],
+            f"any rank load at {entry['load']:g} req/s": entry["latency_only"],
+        }
+    found: dict[bytes, tuple[str, CoverageTable]] = {}
+    most = min((entry["eplb"]["max_rank_load"] for entry in answer["table"]), default=math.inf)
+    for name, one in told.items():
+        if one["max_rank_load"] > most * (1.0 + 1e-9) and not any_rank_load:
+            continue
+        slots = np.asarray(one["physical_to_logical_map"], dtype=int)
+        placement = ExpertPlacement(slots, int(answer["expert_ranks"]), popularity.shape[1])
+        found.setdefault(slots.tobytes(), (name, placement.table(popularity)))
+    return dict(found.values())
+
+
 def _placed(loads: Sequence[float], together: list[dict[str, Any]]) -> dict[str, Any]:
     same = ("max_rank_load", "load_imbalance", "physical_to_logical_map")
     at_loads = [{k: v for k, v in told.items() if k not in same} for told in together]

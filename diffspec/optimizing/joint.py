@@ -1,25 +1,26 @@
 """The verb `optimize` for several classes of requests and a catalogue of drafters: one joint decision for each load.
 
-Decided together: the drafter, the draft length of each class, and the batch cap. For each drafter and load the reals
-are found first (:mod:`diffspec.optimizing.constrained`, gradients through the equilibrium, a few starts side by side),
-then rounded, then improved by exact evaluation of all neighbours until none is better. Where all whole points are fewer
-than :data:`MOST_POINTS` they are evaluated too: the answer is then the best of all, and ``optimality_gap`` says how far
-the relaxed and rounded one was from it.
+Decided together: the drafter, the draft length of each class or the tree that it draws, the batch cap, how many
+replicas share the load, and which of the placements of experts. For each drafter and load the reals are found first
+(:mod:`diffspec.optimizing.constrained`, gradients through the equilibrium, a few starts side by side), then rounded,
+then improved by exact evaluation of all neighbours until none is better. Where all whole points are fewer than
+:data:`MOST_POINTS` they are evaluated too: the answer is then the best of all, and ``optimality_gap`` says how far the
+relaxed and rounded one was from it.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffspec.acceptance import AbstractAcceptance, ConstantAcceptance
-from diffspec.analysis.plain import as_floats, finite
+from diffspec.acceptance import AbstractAcceptance
+from diffspec.analysis.intervals import NO_INTERVALS
+from diffspec.analysis.plain import finite
+from diffspec.experts import CoverageTable
 from diffspec.fitting.deployment import FittedDeployment
-from diffspec.fitting.observations import states_of
 from diffspec.optimizing.catalogue import DrafterChoice, RequestClass, acceptance_of_size
+from diffspec.optimizing.constrained import Solution
 from diffspec.optimizing.joint_answer import (
     caveats,
     class_told,
@@ -30,12 +31,31 @@ from diffspec.optimizing.joint_answer import (
     value_of,
     violations,
 )
-from diffspec.optimizing.joint_problem import ClassLimit, Drafted, over_all, parse_objective, shapes_of
+from diffspec.optimizing.joint_arms import ANY, arms_of
+from diffspec.optimizing.joint_draws import (
+    Contender,
+    contenders,
+    draw_shortlist,
+    interval_of,
+    intervals_told,
+    shortlist,
+)
+from diffspec.optimizing.joint_problem import (
+    COST,
+    LIMITED_JOINTLY,
+    ClassLimit,
+    Objective,
+    Shapes,
+    parse_objective,
+    shapes_of,
+)
 from diffspec.optimizing.joint_search import (
     NO_CAP,
     STARTS,
     Arm,
     Ranges,
+    Scored,
+    as_reals,
     first,
     joined,
     relaxed,
@@ -44,11 +64,35 @@ from diffspec.optimizing.joint_search import (
 )
 from diffspec.optimizing.limits import check_loads, parse_limit
 from diffspec.results import InputError
-from diffspec.serving import MOST_STATES
+from diffspec.serving import ServingModel
 from diffspec.workload import check_range
 
 MOST_POINTS = 1_000_000
 """Whole points of all loads that are evaluated one by one; above it the relaxed and rounded answer stands alone."""
+
+
+class Question(NamedTuple):
+    """What is asked of every arm: see :func:`optimize_jointly`."""
+
+    classes: Sequence[RequestClass]
+    shapes: Shapes
+    goal: Objective
+    limits: tuple[ClassLimit, ...]
+    ranges: Ranges
+    loads: Sequence[float]
+    replicas: Sequence[int]
+    exhaustive: bool
+    risk: float | None
+
+    @property
+    def each(self) -> list[float]:
+        """Loads [req/s] of one replica: by load, then by replicas."""
+        return [load / replicas for load in self.loads for replicas in self.replicas]
+
+    def lane(self, solution: Solution, load: int, replicas: int) -> int:
+        """The best start of a relaxed problem at a load and a number of replicas, by their places."""
+        start = (load * len(self.replicas) + replicas) * len(STARTS)
+        return solution.best(slice(start, start + len(STARTS)))
 
 
 def optimize_jointly(
@@ -59,56 +103,79 @@ def optimize_jointly(
     drafters: Sequence[DrafterChoice] = (),
     max_draft_length: int = 8,
     batch_caps: Sequence[float] = (),
+    replicas: Sequence[int] = (1,),
+    placements: Mapping[str, CoverageTable] | None = None,
     max_batched_tokens: float | None = None,
     acceptance: AbstractAcceptance | None = None,
     slo: Sequence[str] = (),
     objective: str = "e2e_mean",
+    cost_per_hour: float | Mapping[str, Any] | None = None,
+    risk: float | None = None,
+    draws: ServingModel | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Best drafter, draft length of each class and batch cap at each total arrival rate.
+    """Best drafter, draft length of each class or tree, batch cap, replicas and placement at each total arrival rate.
 
     * ``loads`` [req/s], increasing: of all classes together; ``classes``: shares, lengths, acceptance and own limits
-    * ``drafters``: a catalogue; none: the deployment's own. ``batch_caps`` [req]: candidates, default the measured cap
+    * ``drafters``: a catalogue; none: the deployment's own. One with ``candidates`` draws trees: the best tree of every
+      budget and depth is a candidate. ``batch_caps`` [req]: candidates, default the measured cap
+    * ``replicas``: how many may share the load evenly, whole numbers; ``placements``: of a mixture's experts, by name
     * ``acceptance``: of drafters and classes that have none; default the deployment's own
-    * ``slo``: limits on the mean over all requests, or on ``utilization``; classes have their own
-    * ``objective``: a mean latency, a weighted sum of them, or ``capacity`` (made large)
+    * ``slo``: limits on the mean over all requests, on ``utilization`` or on ``cost``; classes have their own
+    * ``objective``: a mean latency, ``cost`` (of a million output tokens; equal ones are told apart by the mean e2e
+      latency), a weighted sum of them, or ``capacity`` (of all replicas, made large)
+    * ``cost_per_hour``: of a device (:func:`diffspec.optimizing.servers.prices`), where the cost is asked about
+    * ``risk`` [1]: choose by the cost that this share of the draws does not exceed, among the shortlist of
+      :mod:`diffspec.optimizing.joint_draws`; None: by the model as it is. ``draws``: serving models with a leading
+      axis, by default what the fit leaves open
 
     Returns plain data: ``outcome`` (``successful`` when some load has a feasible point), ``table`` with, for each load,
-    ``drafter``, ``draft_lengths`` by class, ``max_batch_size``, ``objective``, ``metrics`` by class and of ``all``,
-    ``speedup`` (mean e2e latency without speculation, of the deployment that was given, over that of the choice; below
-    1 where the objective is another), ``common`` (the best with one draft length for all classes, which is what engines
-    take today), ``relaxed`` (the reals, with the Karush-Kuhn-Tucker residuals of
-    :class:`diffspec.optimizing.constrained.Solution`), ``shadow_prices`` of the limits, ``optimality_gap``,
-    ``evaluated`` and ``exhaustive``, and ``violations`` where nothing is feasible; and ``policy``: neighbouring loads
-    with the same decision. ``drafter_size``: the best real size where the catalogue's acceptance rates tell how
-    acceptance follows size.
+    ``drafter``, ``draft_lengths`` by class, ``tree`` (None: a chain), ``max_batch_size``, ``replicas``, ``placement``,
+    ``objective``, ``metrics`` by class and of ``all``, ``speedup`` (mean e2e latency without speculation, of the
+    deployment that was given and as many replicas, over that of the choice; below 1 where the objective is another),
+    ``common`` (the best with one draft length for all classes, which is what engines take today), ``relaxed`` (the
+    reals, with the Karush-Kuhn-Tucker residuals of :class:`diffspec.optimizing.constrained.Solution`),
+    ``shadow_prices`` of the limits, ``optimality_gap``, ``evaluated``, ``exhaustive``, ``chosen_probability``, and
+    ``violations`` where nothing is feasible; ``intervals`` (:func:`diffspec.optimizing.joint_draws.interval_of` each
+    load; None with ``intervals_reason`` for a model without draws); and ``policy``: neighbouring loads with the same
+    decision. ``drafter_size``: the best real size where the catalogue's acceptance rates tell how acceptance follows
+    size.
 
     Errors: :class:`InputError` for unknown names, loads that do not increase, or ranges.
     """
     goal, shapes = parse_objective(objective), shapes_of(classes)
-    limits = tuple(ClassLimit(None, parse_limit(text)) for text in slo)
+    limits = tuple(ClassLimit(None, parse_limit(text, LIMITED_JOINTLY)) for text in slo)
     limits += tuple(ClassLimit(number, limit) for number, one in enumerate(classes) for limit in one.limits)
-    _check(loads, classes, max_draft_length, batch_caps)
+    _check(loads, classes, max_draft_length, batch_caps, replicas, risk)
+    priced = COST in {name for _, name in goal.terms} | {entry.limit.metric for entry in limits}
+    if priced and cost_per_hour is None:
+        raise InputError("cost: needs the price of a device; allowed: cost_per_hour (--cost-per-hour)")
     report = progress or (lambda what, share: None)
     known_cap = deployment.defaults.get("max_batch_size")
     caps = tuple(sorted({float(cap) for cap in batch_caps})) or (NO_CAP if known_cap is None else float(known_cap),)
     ranges = Ranges(max_draft_length, caps)
-    arms = [_arm(deployment, choice, classes, ranges, max_batched_tokens, acceptance) for choice in drafters or (_OWN,)]
-    total: int = sum(ranges.points(len(classes), arm.zero) for arm in arms)
-    exhaustive = total * len(loads) <= MOST_POINTS
+    given = {"max_batched_tokens": max_batched_tokens, "cost_per_hour": cost_per_hour, "draws": draws}
+    arms = arms_of(deployment, drafters, classes, ranges, acceptance, placements or {}, **given)
+    sure = all(arm.models is not None for arm in arms)
+    if risk is not None and not sure:
+        raise InputError(f"risk: got {risk:g}, but {NO_INTERVALS}")
+    total = sum(ranges.points(arm, len(classes)) for arm in arms) * len(loads) * len(replicas)
+    asked = Question(classes, shapes, goal, limits, ranges, loads, sorted(set(replicas)), total <= MOST_POINTS, risk)
     solved = []
     for number, arm in enumerate(arms):
-        share = number / len(arms)
-        report(f"{arm.name}: relaxed", 0.6 * share)
-        solved.append(relaxed(arm, shapes, goal, limits, loads, ranges))
-    between = _between(arms, drafters, shapes, goal, limits, loads, ranges, classes)
-    plain = _arm(deployment, _OWN, classes, ranges, max_batched_tokens, acceptance or _ANY)
-    own = plain if deployment.plain_measured else None
-    table = []
+        report(f"{arm.name}: relaxed", 0.6 * number / len(arms))
+        solved.append(relaxed(arm, shapes, goal, limits, asked.each, ranges))
+    between = _between(asked, arms, drafters)
+    (own,) = arms_of(deployment, (), classes, ranges, acceptance or ANY, {}, **given)
+    own = own if deployment.plain_measured else None
+    table, varied = [], []
     for i, load in enumerate(loads):
         report(f"{load:g} req/s: whole points", 0.6 + 0.4 * i / len(loads))
-        entry = _decide(load, i, arms, own, solved, shapes, goal, limits, ranges, classes, exhaustive)
-        table.append(entry | {"drafter_size": None if between is None else between[i]})
+        entry, interval = _decide(asked, i, arms, own, solved, sure)
+        place = asked.replicas.index(entry["replicas"])
+        size = None if between is None else between[i * len(asked.replicas) + place]
+        table.append(entry | {"drafter_size": size})
+        varied.append({"load": float(load)} | interval)
     report("done", 1.0)
     feasible = [entry for entry in table if entry["feasible"]]
     gaps = [entry["optimality_gap"] for entry in feasible if entry["optimality_gap"] is not None]
@@ -118,22 +185,22 @@ def optimize_jointly(
         "objective": goal.text,
         "limits": [limit.text(classes) for limit in limits],
         "loop": "arrival_rate",
+        "risk": risk,
         "deployment": deployment.name,
         "classes": [class_told(one) for one in classes],
-        "drafters": [arm.name for arm in arms],
+        "drafters": list(dict.fromkeys(arm.name for arm in arms)),
+        "replicas": list(asked.replicas),
+        "placements": list(placements or {}),
         "table": table,
         "policy": merged(table),
         "optimality_gap": max(gaps) if gaps else None,
         "infeasible": None if feasible else table[0]["violations"],
+        **intervals_told(varied, arms),
         "warnings": caveats(deployment, arms, classes, loads, max_draft_length, caps),
     }
 
 
-_OWN, _ANY = DrafterChoice("fitted"), ConstantAcceptance(0.5)
-"""The deployment's own drafter; an acceptance for points that do not draft."""
-
-
-def _check(loads, classes, longest, caps) -> None:
+def _check(loads, classes, longest, caps, replicas, risk) -> None:
     check_loads(loads, "arrival_rate", longest)
     if not classes:
         raise InputError("classes: got none; allowed: at least one")
@@ -144,39 +211,16 @@ def _check(loads, classes, longest, caps) -> None:
         raise InputError(f"classes: got shares that sum to {sum(one.share for one in classes):g}; allowed: to 1")
     for cap in caps:
         check_range("batch_caps", float(cap), 1, 1e8, low_open=False, unit="req")
+    if not replicas or any(number != int(number) or not 1 <= number <= 1e6 for number in replicas):
+        raise InputError(f"replicas: got {list(replicas)}; allowed: whole numbers, 1 to 1000000")
+    check_range("risk", risk, 0, 1, low_open=True, unit="(share of the draws)")
 
 
-def _arm(own: FittedDeployment, choice: DrafterChoice, classes, ranges: Ranges, budget, acceptance) -> Arm:
-    deployment = choice.deployment or own
-    unknown = [name for name in choice.by_class or {} if name not in {one.name for one in classes}]
-    if unknown:
-        allowed = ", ".join(one.name for one in classes)
-        raise InputError(f"drafter {choice.name!r}: acceptance of {', '.join(unknown)}; allowed classes: {allowed}")
-    found = []
-    for one in classes:
-        rate = (choice.by_class or {}).get(one.name) or choice.acceptance or one.acceptance or acceptance
-        config = deployment.configuration(1.0, acceptance=rate, drafter_params=choice.drafter_params)
-        found.append(as_floats(config.acceptance))
-    reference = deployment.defaults.get("drafter_params", 1.0)
-    serving = as_floats(deployment.serving)
-    states = states_of(max((cap for cap in ranges.caps if cap <= MOST_STATES), default=None))
-    serving = replace(serving, waiting_states=min(serving.waiting_states, states))
-    kv, probability = (deployment.defaults.get(name) for name in ("kv_capacity_tokens", "draft_probability"))
-    drafted = Drafted(
-        serving=serving,
-        acceptances=tuple(found),
-        by_size=None,
-        reference_size=np.asarray(float(reference)),
-        draft_probability=np.asarray(1.0 if probability is None else float(probability)),
-        kv_capacity_tokens=None if kv is None else np.asarray(float(kv)),
-        max_batched_tokens=None if budget is None else np.asarray(float(budget)),
-    )
-    return Arm(choice.name, deployment, float(choice.drafter_params or reference), drafted, deployment.plain_measured)
-
-
-def _between(arms, drafters, shapes, goal, limits, loads, ranges: Ranges, classes) -> list[dict[str, Any]] | None:
-    """The best real size of a drafter at each load, where the catalogue tells how acceptance follows size."""
+def _between(asked: Question, arms, drafters) -> list[dict[str, Any]] | None:
+    """The best real size of a drafter at each load of a replica, where the catalogue tells how acceptance follows
+    size."""
     family = [choice for choice in drafters if choice.drafter_params is not None and choice.deployment is None]
+    family = [choice for choice in family if not choice.draws_trees]
     try:
         by_size = acceptance_of_size(family)
     except InputError:
@@ -184,84 +228,113 @@ def _between(arms, drafters, shapes, goal, limits, loads, ranges: Ranges, classe
     sizes = sorted(math.log(choice.drafter_params) for choice in family)  # type: ignore[arg-type]
     arm = next(arm for arm in arms if arm.name == family[0].name)
     drafted = arm.drafted._replace(by_size=(np.asarray(by_size[0]), np.asarray(by_size[1])))
-    ends = (sizes[0], sizes[-1])
-    solution = relaxed(arm._replace(drafted=drafted), shapes, goal, limits, loads, ranges, ends)
+    arm, ends, loads, count = arm._replace(drafted=drafted), (sizes[0], sizes[-1]), asked.each, len(asked.classes)
+    solution = relaxed(arm, asked.shapes, asked.goal, asked.limits, loads, asked.ranges, ends)
     told = []
     for i in range(len(loads)):
         lane = solution.best(slice(i * len(STARTS), (i + 1) * len(STARTS)))
-        size = ends[0] + (ends[1] - ends[0]) * float(solution.x[lane, -1])
-        rate = 1.0 / (1.0 + math.exp(-by_size[0] - by_size[1] * size))
-        lengths = 1.0 + (ranges.longest - 1.0) * solution.x[lane, : len(shapes.share)]
+        real = as_reals(arm, asked.ranges, solution.x[lane], count, ends)
         told.append(
             {
-                "drafter_params": math.exp(size),
-                "acceptance_rate": rate,
-                "draft_lengths": {one.name: float(k) for one, k in zip(classes, lengths, strict=True)},
-                "objective": finite(value_of(goal, float(solution.value[lane]))),
+                "drafter_params": math.exp(real.size),  # type: ignore[arg-type]
+                "acceptance_rate": 1.0 / (1.0 + math.exp(-by_size[0] - by_size[1] * real.size)),  # type: ignore[operator]
+                "draft_lengths": {one.name: float(k) for one, k in zip(asked.classes, real.lengths, strict=True)},
+                "objective": finite(value_of(asked.goal, float(solution.value[lane]))),
                 "violation": float(solution.violation[lane]),
             }
         )
     return told
 
 
-def _decide(load, i, arms, own, solved, shapes, goal, limits, ranges, classes, exhaustive) -> dict[str, Any]:
-    """The decision at one load."""
-    count, evaluated = len(classes), 0
-    attempts, best, common = [], [], []
-    plain = None
-    if own is not None:
-        plain = score(own, shapes, goal, limits, load, np.asarray([[*[0.0] * count, ranges.caps[-1]]]))
-    for arm, solution in zip(arms, solved, strict=True):
-        lane = solution.best(slice(i * len(STARTS), (i + 1) * len(STARTS)))
-        found = rounded(arm, shapes, goal, limits, load, ranges, solution.x[lane], count)
-        evaluated += len(found.points)
-        attempts.append(first(found))
-        diagonal = np.asarray(
-            [(*[k] * count, cap) for k in ranges.lengths(arm.zero) for cap in ranges.caps], dtype=float
-        )
-        alike = score(arm, shapes, goal, limits, load, diagonal)
-        evaluated += len(diagonal)
-        common.append(first(alike))
-        found = joined(found, alike)
-        if exhaustive and count > 1:
-            lengths = [ranges.lengths(arm.zero)] * count
-            whole = np.asarray(list(itertools.product(*lengths, ranges.caps)), dtype=float)
-            found = score(arm, shapes, goal, limits, load, whole)
-            evaluated += len(whole)
-        best.append(first(found))
-    winner = int(np.argmin([one.rank[0] for one in best]))
-    chosen, arm = best[winner], arms[winner]
-    feasible = bool(chosen.worst[0] <= 0 and not chosen.saturated[0])
-    attempt = min(attempts, key=lambda one: one.rank[0])
-    judged = exhaustive and feasible and attempt.rank[0] < 1e6
-    gap = float(np.expm1(attempt.cost[0] - chosen.cost[0])) if judged else None
-    alike = int(np.argmin([one.rank[0] for one in common]))
-    solution = solved[winner]
-    lane = solution.best(slice(i * len(STARTS), (i + 1) * len(STARTS)))
+def _decide(asked: Question, i: int, arms: list[Arm], own: Arm | None, solved, sure: bool):
+    """(entry of the table, its interval) at one load."""
+    count, evaluated, load = len(asked.classes), 0, asked.loads[i]
+    question = (asked.shapes, asked.goal, asked.limits)
+    attempts, common, best, others = [], [], [], []
+    for place, replicas in enumerate(asked.replicas):
+        for number, (arm, solution) in enumerate(zip(arms, solved, strict=True)):
+            real = as_reals(arm, asked.ranges, solution.x[asked.lane(solution, i, place)], count)
+            found = rounded(arm, *question, load / replicas, asked.ranges, real, replicas)
+            alike = score(arm, *question, load / replicas, asked.ranges.alike(arm, count), replicas)
+            attempts.append(Contender(number, first(found)))
+            common.append(Contender(number, first(alike)))
+            evaluated += len(found.points) + len(alike.points)
+            found = joined(found, alike)
+            if asked.exhaustive and count > 1 and arm.trees is None:
+                found = score(arm, *question, load / replicas, asked.ranges.whole(arm, count), replicas)
+                evaluated += len(found.points)
+            best.append(Contender(number, first(found)))
+            others += contenders(number, found) if sure else []
+    attempt, alike, winner = (min(each, key=lambda one: one.key) for each in (attempts, common, best))
+    plain = None if own is None else [_plain(asked, own, load, replicas) for replicas in asked.replicas]
+    interval: dict[str, Any] = {}
+    at_risk = None
+    if sure:
+        listed = shortlist([*best, alike, *([] if plain is None else plain)], others)
+        drawn = draw_shortlist([*arms, *([] if own is None else [own])], listed, *question, load)
+        names = [one.same for one in listed]
+        chosen, candidates = names.index(winner.same), [n for n, one in enumerate(listed) if one.arm >= 0]
+        if asked.risk is not None:
+            at_risk = drawn.at_risk(asked.risk)
+            chosen = min(candidates, key=lambda n: (at_risk[n], listed[n].key))
+            winner = listed[chosen]
+        placed = asked.replicas.index(int(winner.point.replicas[0]))
+        base = None if plain is None else names.index(plain[placed].same)
+        interval = interval_of(drawn, candidates, chosen, base, asked.goal)
+    entry = _entry(asked, load, arms[winner.arm], winner.point, plain)
+    entry |= _relaxed_entry(asked, i, arms[winner.arm], solved[winner.arm], winner.point)
+    if at_risk is not None:
+        kept = bool(np.isfinite(at_risk[chosen]))
+        entry |= {"feasible": kept, "risk_objective": finite(value_of(asked.goal, at_risk[chosen])) if kept else None}
+        if not kept:
+            share = {"value": interval["chosen_feasible_share"], "bound": asked.risk}
+            entry |= {"speedup": None, "headroom": None, "violations": entry["violations"] | {"risk": share}}
+    judged = asked.exhaustive and entry["feasible"] and attempt.point.rank[0] < 1e6 and asked.risk is None
+    gap = max(float(np.expm1(attempt.point.cost[0] - winner.point.cost[0])), 0.0) if judged else None
+    lost = bool(alike.point.saturated[0])
+    return entry | {
+        "common": {
+            "drafter": arms[alike.arm].name,
+            "draft_length": int(alike.point.points[0, 0]),
+            "objective": None if lost else finite(value_of(asked.goal, alike.point.cost[0])),
+            "feasible": bool(alike.point.worst[0] <= 0 and not lost),
+        },
+        "optimality_gap": gap if gap is None or gap > 1e-9 else 0.0,
+        "evaluated": evaluated,
+        "exhaustive": asked.exhaustive,
+        "chosen_probability": interval.get("probability_best"),
+    }, interval
+
+
+def _plain(asked: Question, own: Arm, load: float, replicas: int) -> Contender:
+    """No speculation, of the deployment that was given: the last arm, and no candidate as such."""
+    point = np.asarray([[*[0.0] * len(asked.classes), asked.ranges.caps[-1], 0.0]])
+    return Contender(-1, score(own, asked.shapes, asked.goal, asked.limits, load / replicas, point, replicas))
+
+
+def _entry(asked: Question, load: float, arm: Arm, point: Scored, plain: list[Contender] | None) -> dict[str, Any]:
+    """What the choice is and does."""
+    feasible = bool(point.worst[0] <= 0 and not point.saturated[0])
     speedup = None
-    if plain is not None and not plain.saturated[0] and feasible:
-        both = [over_all("e2e_mean", one.metrics["e2e_mean"], shapes.share)[0] for one in (plain, chosen)]
-        speedup = finite(both[0] / both[1])
-    spare = 1.0 - float(chosen.metrics["utilization"][0, 0])
-    headroom = min(spare, float(-np.expm1(chosen.worst[0]))) if limits else spare
-    lost = bool(common[alike].saturated[0])
+    if plain is not None and feasible:
+        base = plain[asked.replicas.index(int(point.replicas[0]))].point
+        speedup = None if base.saturated[0] else finite(math.exp(base.e2e[0] - point.e2e[0]))
+    spare = 1.0 - float(point.metrics["utilization"][0, 0])
+    headroom = min(spare, float(-np.expm1(point.worst[0]))) if asked.limits else spare
     return {
         "load": float(load),
         "feasible": feasible,
         "drafter": arm.name,
-        **point_told(chosen, classes, goal, shapes, count),
+        **point_told(point, arm, asked.classes, asked.goal, asked.shapes),
         "speedup": speedup,
         "headroom": headroom,
-        "common": {
-            "drafter": arms[alike].name,
-            "draft_length": int(common[alike].points[0, 0]),
-            "objective": None if lost else finite(value_of(goal, common[alike].cost[0])),
-            "feasible": bool(common[alike].worst[0] <= 0 and not lost),
-        },
-        "relaxed": relaxed_told(solution, lane, goal, classes, ranges),
-        "shadow_prices": shadow_prices(solution, lane, goal, limits, classes),
-        "optimality_gap": gap if gap is None or gap > 1e-9 else 0.0,
-        "evaluated": evaluated,
-        "exhaustive": exhaustive,
-        "violations": {} if feasible else violations(chosen, limits, classes, shapes, load),
+        "violations": {} if feasible else violations(point, asked.limits, asked.classes, asked.shapes, load),
+    }
+
+
+def _relaxed_entry(asked: Question, i: int, arm: Arm, solution: Solution, point: Scored) -> dict[str, Any]:
+    lane = asked.lane(solution, i, asked.replicas.index(int(point.replicas[0])))
+    return {
+        "relaxed": relaxed_told(solution, lane, arm, asked.goal, asked.classes, asked.ranges),
+        "shadow_prices": shadow_prices(solution, lane, asked.goal, asked.limits, asked.classes),
     }

@@ -11,7 +11,7 @@ from diffspec.fitting.deployment import FittedDeployment
 from diffspec.optimizing.catalogue import RequestClass
 from diffspec.optimizing.constrained import Solution, tied_groups
 from diffspec.optimizing.joint_problem import Objective, excesses, over_all
-from diffspec.optimizing.joint_search import NO_CAP, Ranges, Scored
+from diffspec.optimizing.joint_search import NO_CAP, Arm, Ranges, Scored, as_reals, relaxable
 from diffspec.serving import MOST_STATES
 
 
@@ -19,37 +19,57 @@ def value_of(goal: Objective, cost: float) -> float:
     return float(np.exp(-cost if goal.text == "capacity" else cost))
 
 
-def point_told(point: Scored, classes, goal, shapes, count: int) -> dict[str, Any]:
+def point_told(point: Scored, arm: Arm, classes, goal, shapes) -> dict[str, Any]:
+    """What a whole point is, and what it does for each class and for all."""
+    count = len(classes)
     of_class = {
         one.name: {name: finite(values[0, number]) for name, values in point.metrics.items()}
         for number, one in enumerate(classes)
     }
+    replicas, hidden = int(point.replicas[0]), bool(point.saturated[0])
     of_all = {name: finite(over_all(name, values, shapes.share)[0]) for name, values in point.metrics.items()}
-    cap = float(point.points[0, count])
-    hidden = bool(point.saturated[0])
+    for name in ("capacity", "throughput"):
+        of_all[name] = finite(replicas * (of_all[name] or 0.0))
+    cap, shape = (float(value) for value in point.points[0, count : count + 2])
     return {
         "draft_lengths": {one.name: int(point.points[0, number]) for number, one in enumerate(classes)},
+        "tree": _tree_told(arm, int(shape)) if arm.trees is not None and point.points[0, 0] > 0 else None,
         "max_batch_size": None if cap >= NO_CAP else cap,
+        "replicas": replicas,
+        "placement": arm.placement,
         "objective": None if hidden else finite(value_of(goal, point.cost[0])),
         "metrics": {} if hidden else of_class | {"all": of_all},
     }
 
 
-def relaxed_told(solution: Solution, lane: int, goal: Objective, classes, ranges: Ranges) -> dict[str, Any]:
+def _tree_told(arm: Arm, shape: int) -> dict[str, Any]:
+    """A tree as data, and as SGLang's flags would ask for one of this depth, width and number of nodes (which it then
+    fills by probability, node by node)."""
+    tree = arm.trees.trees[shape]  # type: ignore[union-attr]
+    width = int(tree.rank.max())
+    return {
+        "nodes": tree.nodes,
+        "depth": tree.max_depth,
+        "width": width,
+        "parents": list(tree.parents),
+        "sglang": f"--speculative-num-steps {tree.max_depth} --speculative-eagle-topk {width} "
+        f"--speculative-num-draft-tokens {tree.nodes + 1}",
+    }
+
+
+def relaxed_told(solution: Solution, lane: int, arm: Arm, goal: Objective, classes, ranges: Ranges) -> dict[str, Any]:
     """The reals and the conditions' residuals there. A step drafts as long as its longest draft: where lengths of
     classes meet, the cost has a kink, and ``stationarity`` is that of moving them together (``tied`` names them)."""
     count = len(classes)
     x = solution.x[lane]
-    groups = tied_groups(x, range(count))
-    cap = None
-    if len(ranges.caps) > 1:
-        cap = float(ranges.caps[0] * (ranges.caps[-1] / ranges.caps[0]) ** float(x[count]))
+    groups = [] if arm.trees is not None else tied_groups(x, range(count))
+    real = as_reals(arm, ranges, x, count)
+    own = relaxable(goal) is goal
     return {
-        "draft_lengths": {
-            one.name: float(1.0 + (ranges.longest - 1.0) * share) for one, share in zip(classes, x[:count], strict=True)
-        },
-        "max_batch_size": cap,
-        "objective": finite(value_of(goal, float(solution.value[lane]))),
+        "draft_lengths": {one.name: float(k) for one, k in zip(classes, real.lengths, strict=True)},
+        "tree": None if arm.trees is None else {"width": real.width, "nodes": real.nodes},
+        "max_batch_size": real.cap if len(ranges.caps) > 1 else None,
+        "objective": finite(value_of(goal, float(solution.value[lane]))) if own else None,
         "stationarity": float(solution.stationarity[lane]),
         "tied": [[classes[number].name for number in sorted(group)] for group in groups if len(group) > 1],
         "complementarity": float(solution.complementarity[lane]),
@@ -82,7 +102,7 @@ def shadow_prices(solution: Solution, lane: int, goal, limits, classes) -> list[
 
 def violations(point: Scored, limits, classes, shapes, load) -> dict[str, Any]:
     if point.saturated[0]:
-        capacity = float(over_all("capacity", point.metrics["capacity"], shapes.share)[0])
+        capacity = float(point.replicas[0] * over_all("capacity", point.metrics["capacity"], shapes.share)[0])
         return {"capacity": {"value": finite(capacity), "bound": float(load), "shortfall": finite(load - capacity)}}
     broken = {}
     for entry, excess in zip(limits, excesses(limits, point.metrics, shapes.share), strict=True):
@@ -111,11 +131,13 @@ def merged(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
             entry["feasible"],
             entry["drafter"],
             tuple(entry["draft_lengths"].values()),
-            entry["max_batch_size"],
+            None if entry["tree"] is None else tuple(entry["tree"]["parents"]),
+            *(entry[name] for name in ("max_batch_size", "replicas", "placement")),
         ),
     ):
         entries = list(group)
-        names = ("feasible", "drafter", "draft_lengths", "max_batch_size", "objective", "speedup", "headroom")
+        names = ("feasible", "drafter", "draft_lengths", "tree", "max_batch_size", "replicas", "placement")
+        names += ("objective", "speedup", "headroom")
         policy.append(
             {"load_from": entries[0]["load"], "load_to": entries[-1]["load"]} | {n: entries[-1][n] for n in names}
         )

@@ -1,7 +1,8 @@
 """The joint problem as functions: what a point (draft lengths, batch cap, drafter size) costs, and which limits it
 keeps, for one drafter at one load.
 
-A point is (draft_length of each class, max_batch_size, log of the drafter's size); its cost is
+A point is (draft_length of each class, max_batch_size, tree, log of the drafter's size), where ``tree`` is the number
+of a shape, or the real width of a regular tree while the problem is relaxed, and 0 for chains; its cost is
 
     log sum over classes of share*weight*metric, or a weighted sum of metrics; minus log capacity for ``capacity``
 
@@ -12,6 +13,7 @@ and limits are log excesses, of one class or of the mean over requests. The same
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,17 +26,19 @@ from diffspec.analysis.answers import metric_values
 from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
 from diffspec.optimizing.catalogue import RequestClass
-from diffspec.optimizing.limits import OBJECTIVES, Limit
+from diffspec.optimizing.limits import LIMITED, OBJECTIVES, Limit
+from diffspec.optimizing.servers import hours_per_million
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import ServingModel
+from diffspec.tree_shapes import RegularTreeAcceptance, ShapeAcceptance
 from diffspec.workload import Workload
 
-SERVER_WIDE = ("throughput", "utilization", "capacity")
-"""Metrics that classes do not have each of their own: sums, or the same for all."""
 LATENCIES = tuple(name for name in OBJECTIVES if name != "throughput")
+COST = "cost"
+LIMITED_JOINTLY = (*LIMITED, COST)
 _TERM = re.compile(r"^\s*(?:([0-9.eE+-]+)\s*\*)?\s*([A-Za-z0-9_]+)\s*$")
-CHUNK = 512
-"""Points that one call evaluates."""
+CHUNK, FEW = 512, 32
+"""Points that one call evaluates; and those that one call evaluates in many draws."""
 
 
 class Objective(NamedTuple):
@@ -62,7 +66,11 @@ class ClassLimit(NamedTuple):
 
 class Drafted(NamedTuple):
     """One drafter on one server, as arrays: the serving model, the acceptance of each class, (a, b) of an acceptance
-    that follows the size (None: it does not), and what the configuration takes from the deployment."""
+    that follows the size (None: it does not), and what the configuration takes from the deployment.
+
+    ``shapes``: (rates [classes, shapes, 32], nodes [shapes], depth [shapes]) of a drafter that draws trees;
+    ``candidates``: of each class [depths, ranks], while the tree is relaxed; ``hourly``: price of a replica for an hour
+    """
 
     serving: ServingModel
     acceptances: tuple[AbstractAcceptance, ...]
@@ -71,6 +79,9 @@ class Drafted(NamedTuple):
     draft_probability: Any
     kv_capacity_tokens: Any
     max_batched_tokens: Any
+    shapes: Any = None
+    candidates: Any = None
+    hourly: Any = None
 
 
 class Shapes(NamedTuple):
@@ -85,13 +96,15 @@ class Shapes(NamedTuple):
 
 
 def parse_objective(text: str) -> Objective:
-    """``e2e_mean``, ``0.7*e2e_mean+0.3*ttft_mean`` (seconds), or ``capacity``.
+    """``e2e_mean``, ``0.7*e2e_mean+0.3*ttft_mean`` (seconds), ``cost`` (of a million output tokens), sums of these, or
+    ``capacity``.
 
     >>> parse_objective("0.7*e2e_mean + 0.3*ttft_mean").terms
     ((0.7, 'e2e_mean'), (0.3, 'ttft_mean'))
     """
     if text.strip() == "capacity":
         return Objective("capacity", ((1.0, "capacity"),))
+    summed = (*LATENCIES, COST)
     terms = []
     for part in text.split("+"):
         match = _TERM.match(part)
@@ -103,8 +116,8 @@ def parse_objective(text: str) -> Objective:
             factor = float(match[1] or 1.0)
         except ValueError:
             factor = math.nan
-        if match[2] not in LATENCIES:
-            allowed = f"{', '.join(LATENCIES)}, sums of them, or capacity"
+        if match[2] not in summed:
+            allowed = f"{', '.join(summed)}, sums of them, or capacity"
             raise InputError(f"objective: got {match[2]!r}; allowed: {allowed}")
         if not (math.isfinite(factor) and factor > 0):
             raise InputError(f"objective: got the factor {match[1]!r}; allowed: above 0")
@@ -120,9 +133,15 @@ def shapes_of(classes: Sequence[RequestClass]) -> Shapes:
 def predicted(drafted: Drafted, shapes: Shapes, load, point):
     """(metrics [classes] by name, overload, saturated) of one point at a total arrival rate ``load`` [req/s]."""
     count = len(drafted.acceptances)
-    lengths, cap, size = point[:count], point[count], point[count + 1]
+    lengths, (cap, tree, size) = point[:count], point[count:]
     acceptances = drafted.acceptances
-    if drafted.by_size is not None:
+    if drafted.candidates is not None:
+        acceptances = tuple(RegularTreeAcceptance(tree, table) for table in drafted.candidates)
+    elif drafted.shapes is not None:
+        shape = tree.astype(int)
+        rates, nodes, depth = drafted.shapes
+        acceptances = tuple(ShapeAcceptance(rates[c, shape], nodes[shape], depth[shape]) for c in range(count))
+    elif drafted.by_size is not None:
         start, slope = drafted.by_size
         acceptances = (ConstantAcceptance(jax.nn.sigmoid(start + slope * size)),) * count
     workloads = [
@@ -149,14 +168,17 @@ def predicted(drafted: Drafted, shapes: Shapes, load, point):
     ]
     found = drafted.serving.predict_classes(workloads, configs)
     metrics = metric_values(found)
+    if drafted.hourly is not None:
+        output = jnp.sum(shapes.share * shapes.output_length)
+        metrics[COST] = jnp.full(count, drafted.hourly * hours_per_million(1.0, load, output))
     return metrics, found.overload[0], (found.result == RESULTS.saturated)[0]
 
 
 def over_all(name: str, values, share):
-    """A metric of all requests: their mean; capacity and throughput add up, utilization is the same for all."""
+    """A metric of all requests: their mean; capacity and throughput add up, utilization and cost are those of all."""
     if name in ("capacity", "throughput"):
         return values.sum(-1)
-    return values[..., 0] if name == "utilization" else (values * share).sum(-1)
+    return values[..., 0] if name in ("utilization", COST) else (values * share).sum(-1)
 
 
 def cost_of(objective: Objective, metrics, shapes: Shapes):
@@ -182,6 +204,18 @@ def _many(drafted: Drafted, shapes: Shapes, load, points):
     return jax.vmap(lambda point: predicted(drafted, shapes, load, point))(points)
 
 
+@partial(jax.jit, compiler_options=FAST_COMPILE)
+def _drawn(drafted: Drafted, models: ServingModel, shapes: Shapes, load, points):
+    def one(model):
+        model = replace(model, waiting_states=drafted.serving.waiting_states)
+        metrics, _, saturated = jax.vmap(lambda point: predicted(drafted._replace(serving=model), shapes, load, point))(
+            points
+        )
+        return metrics, saturated
+
+    return jax.lax.map(one, models)
+
+
 def evaluate_points(drafted: Drafted, shapes: Shapes, load: float, points: np.ndarray):
     """(metrics [points, classes] by name, saturated [points]) of many points, :data:`CHUNK` a call."""
     parts = []
@@ -192,3 +226,11 @@ def evaluate_points(drafted: Drafted, shapes: Shapes, load: float, points: np.nd
         parts.append((metrics, saturated))
     metrics, saturated = jax.tree.map(lambda *chunks: np.concatenate(chunks)[: len(points)], *parts)
     return metrics, saturated
+
+
+def evaluate_draws(drafted: Drafted, models: ServingModel, shapes: Shapes, load: float, points: np.ndarray):
+    """(metrics [draws, points, classes] by name, saturated [draws, points]) of a few points in each of ``models``,
+    which have a leading axis; points are padded to :data:`FEW`."""
+    padded = np.concatenate([points, np.repeat(points[-1:], FEW - len(points), axis=0)])
+    found = _drawn(drafted, models, shapes, float(load), padded)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:, : len(points)], found)

@@ -13,15 +13,21 @@ import numpy as np
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.optimizing.constrained import Solution, minimise_within
 from diffspec.optimizing.joint_problem import (
+    COST,
     Drafted,
     Objective,
     Shapes,
     cost_of,
     evaluate_points,
     excesses,
+    over_all,
+    parse_objective,
     predicted,
 )
 from diffspec.optimizing.limits import beyond
+from diffspec.serving import ServingModel
+from diffspec.tree_search import RegularTree
+from diffspec.tree_shapes import TreeShapes
 
 NO_CAP = 1e9
 """Stands for no batch cap [req]."""
@@ -32,13 +38,20 @@ MOST_CORNERS = 2000
 
 
 class Arm(NamedTuple):
-    """One drafter: its name, the deployment it is on, size [parameters; 1 where unknown] and arrays."""
+    """One drafter on one placement of experts: its name, the deployment it is on, size [parameters; 1 where unknown]
+    and arrays; ``zero``: whether no speculation is a candidate; ``trees`` of a drafter that draws them, up to
+    ``max_nodes``; ``placement``: its name, None without experts; ``models``: draws of what is not known, None where
+    nothing tells."""
 
     name: str
     deployment: FittedDeployment
     size: float
     drafted: Drafted
     zero: bool
+    trees: TreeShapes | None = None
+    max_nodes: int = 0
+    placement: str | None = None
+    models: ServingModel | None = None
 
 
 class Ranges(NamedTuple):
@@ -51,61 +64,149 @@ class Ranges(NamedTuple):
         """The whole draft lengths, 0 among them where that is a candidate."""
         return range(0 if zero else 1, self.longest + 1)
 
-    def points(self, classes: int, zero: bool) -> int:
+    def points(self, arm: Arm, classes: int) -> int:
         """How many whole points one drafter has."""
-        return len(self.lengths(zero)) ** classes * len(self.caps)
+        if arm.trees is not None:
+            return (len(arm.trees.trees) + arm.zero) * len(self.caps)
+        return len(self.lengths(arm.zero)) ** classes * len(self.caps)
+
+    def whole(self, arm: Arm, classes: int) -> np.ndarray:
+        """Every whole point (lengths of classes, cap, tree)."""
+        if arm.trees is not None:
+            return self.alike(arm, classes)
+        lengths = [self.lengths(arm.zero)] * classes
+        return np.asarray(list(itertools.product(*lengths, self.caps, (0.0,))), dtype=float)
+
+    def alike(self, arm: Arm, classes: int) -> np.ndarray:
+        """The whole points at which all classes draft alike: those of engines today, and all of a drafter of trees."""
+        shapes = [(k, 0) for k in self.lengths(arm.zero)]
+        if arm.trees is not None:
+            shapes = [(0, 0)] * arm.zero + [(depth, tree) for tree, depth in enumerate(arm.trees.depth)]
+        return np.asarray([(*[k] * classes, cap, tree) for k, tree in shapes for cap in self.caps], dtype=float)
+
+
+class Relaxed(NamedTuple):
+    """A relaxed point as reals: ``lengths`` of each class [tok], ``cap`` [req], ``width`` of a regular tree (1: a
+    chain), its ``nodes`` [tok], and the logarithm of the drafter's ``size``, None where it was not free."""
+
+    lengths: np.ndarray
+    cap: float
+    width: float
+    nodes: float
+    size: float | None
+
+
+class Variables(NamedTuple):
+    """Which reals the relaxed problem has, in this order: a length for each class, or one for all where trees are
+    drawn, log cap, width, log size; ``low`` and ``high`` are their ranges."""
+
+    classes: int
+    tree: bool
+    free_cap: bool
+    free_size: bool
+
+    @property
+    def lengths(self) -> int:
+        """How many draft lengths there are."""
+        return 1 if self.tree else self.classes
+
+    def ranges(self, arm: Arm, ranges: Ranges, sizes) -> tuple[np.ndarray, np.ndarray]:
+        """(low, high) of each."""
+        caps, low, high = ranges.caps, [1.0] * self.lengths, [float(ranges.longest)] * self.lengths
+        if self.free_cap:
+            low, high = [*low, math.log(caps[0])], [*high, math.log(caps[-1])]
+        if self.tree:
+            low, high = [*low, 1.0], [*high, float(arm.drafted.candidates.shape[2])]
+        if self.free_size:
+            low, high = [*low, sizes[0]], [*high, sizes[1]]
+        return np.asarray(low), np.asarray(high)
+
+    def point(self, real, cap, size):
+        """(lengths..., cap, tree, size) of the reals, ``cap`` and ``size`` where they are not free."""
+        at = self.lengths
+        lengths = jnp.broadcast_to(real[:at], (self.classes,))
+        cap = jnp.exp(real[at]) if self.free_cap else cap
+        width = real[at + self.free_cap] if self.tree else jnp.zeros(())
+        return jnp.concatenate([lengths, jnp.stack([cap, width, real[-1] if self.free_size else size])])
+
+
+def variables_of(arm: Arm, ranges: Ranges, classes: int, sizes=None) -> Variables:
+    """The reals of one drafter's relaxed problem."""
+    return Variables(classes, arm.trees is not None, len(ranges.caps) > 1, sizes is not None)
 
 
 def relaxed(arm: Arm, shapes, goal, limits, loads, ranges: Ranges, sizes=None) -> Solution:
-    """The relaxed problem of one drafter: lanes are loads times starts; variables: lengths, log cap, log size."""
-    count, caps = len(shapes.share), ranges.caps
-    free_cap, starts = len(caps) > 1, np.asarray(STARTS)
-    low = [1.0] * count + ([math.log(caps[0])] if free_cap else []) + ([] if sizes is None else [sizes[0]])
-    high = [float(ranges.longest)] * count + ([math.log(caps[-1])] if free_cap else [])
-    high += [] if sizes is None else [sizes[1]]
+    """The relaxed problem of one drafter: lanes are loads times starts."""
+    count, starts = len(shapes.share), np.asarray(STARTS)
+    variables = variables_of(arm, ranges, count, sizes)
+    low, high = variables.ranges(arm, ranges, sizes)
     loads = [*loads, *[loads[-1]] * (2 ** max(1, math.ceil(math.log2(len(loads)))) - len(loads))]  # few programs
     lanes = len(loads) * len(starts)
     data = {
         "load": np.repeat(np.asarray(loads, dtype=float), len(starts)),
         "low": np.tile(low, (lanes, 1)),
         "high": np.tile(high, (lanes, 1)),
-        "cap": np.full(lanes, caps[0]),
+        "cap": np.full(lanes, ranges.caps[0]),
         "size": np.full(lanes, math.log(arm.size)),
     }
-    function = relaxed_function(goal, tuple(entry.of_one for entry in limits), count, free_cap, sizes is not None)
+    function = relaxed_function(relaxable(goal), tuple(entry.of_one for entry in limits), variables)
     at = np.tile(starts[:, None], (len(loads), len(low)))
     bounds = np.asarray([entry.limit.bound for entry in limits])
-    alike = [range(count)] if count > 1 else ()
-    return minimise_within(function, at, data, (arm.drafted, shapes, bounds), alike=alike)
+    alike = [range(count)] if variables.lengths > 1 else ()
+    drafted = arm.drafted if variables.tree else arm.drafted._replace(candidates=None)
+    return minimise_within(function, at, data, (drafted, shapes, bounds, float(arm.max_nodes)), alike=alike)
+
+
+def relaxable(goal: Objective) -> Objective:
+    """The objective that reals move: a price alone is that of replicas, whatever they draft, and leaves the mean e2e
+    latency to be made small."""
+    return parse_objective("e2e_mean") if [name for _, name in goal.terms] == [COST] else goal
 
 
 @lru_cache
-def relaxed_function(goal: Objective, limits, count: int, free_cap: bool, free_size: bool) -> Callable:
-    """(cost, excesses and overload) of a relaxed point; the same function for the same question, so that its program is
-    compiled once. Bounds are data: ``limits`` have 1."""
+def relaxed_function(goal: Objective, limits, variables: Variables) -> Callable:
+    """(cost, excesses, overload and, of a tree, nodes beyond the most) of a relaxed point; the same function for the
+    same question, so that its program is compiled once. Bounds are data: ``limits`` have 1."""
 
     def function(x, data, shared):
-        drafted, shapes, bounds = shared
+        drafted, shapes, bounds, most = shared
         real = data["low"] + (data["high"] - data["low"]) * x
-        cap = jnp.exp(real[count]) if free_cap else data["cap"]
-        size = real[-1] if free_size else data["size"]
-        point = jnp.concatenate([real[:count], cap[None], size[None]])
+        point = variables.point(real, data["cap"], data["size"])
         metrics, overload, _ = predicted(drafted, shapes, data["load"], point)
         broken = excesses(limits, metrics, shapes.share)
-        broken = beyond(broken, [one.limit for one in limits], bounds)
-        return cost_of(goal, metrics, shapes), jnp.stack([*broken, overload])
+        broken = [*beyond(broken, [one.limit for one in limits], bounds), overload]
+        if variables.tree:
+            count = variables.classes
+            nodes = RegularTree(point[count + 1], point[0], drafted.candidates[0]).nodes()
+            broken.append(jnp.log(nodes / most))
+        return cost_of(goal, metrics, shapes), jnp.stack(broken)
 
     return function
 
 
+def as_reals(arm: Arm, ranges: Ranges, x: np.ndarray, classes: int, sizes=None) -> Relaxed:
+    """A relaxed solution ``x`` in units."""
+    variables = variables_of(arm, ranges, classes, sizes)
+    low, high = variables.ranges(arm, ranges, sizes)
+    point = np.asarray(variables.point(jnp.asarray(low + (high - low) * x), ranges.caps[0], math.log(arm.size)))
+    lengths, (cap, width, size) = point[:classes], point[classes:]
+    nodes = float(lengths[0])
+    if variables.tree:
+        nodes = float(RegularTree(float(width), float(lengths[0]), jnp.asarray(arm.drafted.candidates[0])).nodes())
+    return Relaxed(lengths, float(cap), float(width) or 1.0, nodes, float(size) if variables.free_size else None)
+
+
 class Scored(NamedTuple):
-    """Whole points of one drafter, evaluated: points [n, C + 2], cost [n], worst log excess [n], saturated [n]."""
+    """Whole points of one drafter, evaluated: points [n, C + 3], metrics [n, C], cost [n], worst log excess [n],
+    saturated [n], and the replicas that share the load [n]."""
 
     points: np.ndarray
     metrics: dict[str, np.ndarray]
     cost: np.ndarray
     worst: np.ndarray
     saturated: np.ndarray
+    e2e: np.ndarray
+    replicas: np.ndarray
 
     @property
     def rank(self) -> np.ndarray:
@@ -113,54 +214,89 @@ class Scored(NamedTuple):
         beyond = 1e6 + np.maximum(self.metrics["utilization"][:, 0] - 1.0, 0.0)
         return np.where(self.saturated, 1e6 * beyond, np.where(self.worst > 0, 1e6 * (1.0 + self.worst), self.cost))
 
+    @property
+    def order(self) -> np.ndarray:
+        """Rows from the best on; of equally good ones the smallest mean e2e latency, then the largest cap (one that
+        never fills changes no mean)."""
+        return np.lexsort((-self.points[:, -3], np.round(self.e2e, 10), np.round(self.rank, 10)))
 
-def score(arm: Arm, shapes: Shapes, goal, limits, load, points) -> Scored:
+
+def score(arm: Arm, shapes: Shapes, goal, limits, load, points, replicas: int = 1) -> Scored:
+    """Points (lengths, cap, tree) at a ``load`` [req/s] of one of ``replicas``, evaluated."""
     points = np.column_stack([points, np.full(len(points), math.log(arm.size))])
-    metrics, saturated = evaluate_points(arm.drafted, shapes, load, points)
+    metrics, saturated = evaluate_points(arm.drafted._replace(candidates=None), shapes, load, points)
     found = [np.asarray(values) for values in excesses(limits, metrics, shapes.share)]
     worst = np.max(found, axis=0) if found else np.full(len(points), -1.0)
-    return Scored(points, metrics, np.asarray(cost_of(goal, metrics, shapes)), worst, saturated)
+    cost = np.asarray(cost_of(goal, metrics, shapes))
+    if goal.text == "capacity":
+        cost = cost - math.log(replicas)
+    e2e = np.log(over_all("e2e_mean", metrics["e2e_mean"], shapes.share))
+    return Scored(points, metrics, cost, worst, saturated, e2e, np.full(len(points), replicas))
 
 
-def rounded(arm, shapes, goal, limits, load, ranges: Ranges, x, count: int) -> Scored:
+def rounded(arm, shapes, goal, limits, load, ranges: Ranges, real: Relaxed, replicas: int = 1) -> Scored:
     """Whole points around a relaxed one, then the neighbours of the best until none is better."""
-    real = 1.0 + (ranges.longest - 1.0) * x[:count]
-    caps = np.asarray(ranges.caps)
-    cap = caps[0] if len(caps) == 1 else np.exp(math.log(caps[0]) + (math.log(caps[-1] / caps[0])) * x[count])
-    place = int(np.searchsorted(caps, cap))
+    caps, count = np.asarray(ranges.caps), len(shapes.share)
+    place = int(np.searchsorted(caps, real.cap * (1.0 - 1e-9)))
     near_caps = sorted({caps[min(max(place + move, 0), len(caps) - 1)] for move in (-1, 0)})
-    near = [sorted({math.floor(k + 1e-9), math.ceil(k - 1e-9), *([0] if arm.zero else [])}) for k in real]
-    if math.prod(len(values) for values in near) > MOST_CORNERS:
-        near = [[round(float(k))] for k in real]
-    found = score(arm, shapes, goal, limits, load, np.asarray(list(itertools.product(*near, near_caps)), dtype=float))
+    if arm.trees is not None:
+        depths = {math.floor(real.lengths[0] + 1e-9), math.ceil(real.lengths[0] - 1e-9)}
+        near = [_nearest(arm.trees, depth, real.nodes) for depth in depths]
+        points = [[*[k] * count, cap, tree] for k, tree in [*near, *[(0.0, 0)] * arm.zero] for cap in near_caps]
+    else:
+        around = [sorted({math.floor(k + 1e-9), math.ceil(k - 1e-9), *([0] if arm.zero else [])}) for k in real.lengths]
+        if math.prod(len(values) for values in around) > MOST_CORNERS:
+            around = [[round(float(k))] for k in real.lengths]
+        points = list(itertools.product(*around, near_caps, (0.0,)))
+    found = score(arm, shapes, goal, limits, load, np.asarray(points, dtype=float), replicas)
     while True:
         best = found.points[int(np.argmin(found.rank))]
-        around = []
-        for number in range(count):
-            for move in (-1, 1):
-                k = best[number] + move
-                if k in ranges.lengths(arm.zero):
-                    around.append([*best[:number], k, *best[number + 1 : count + 1]])
-        at = int(np.searchsorted(caps, best[count]))
-        around += [[*best[:count], caps[j]] for j in (at - 1, at + 1) if 0 <= j < len(caps)]
-        further = score(arm, shapes, goal, limits, load, np.asarray(around, dtype=float))
+        around = _neighbours(arm, ranges, best, count)
+        if not around:
+            return found
+        further = score(arm, shapes, goal, limits, load, np.asarray(around, dtype=float), replicas)
         better = further.rank.min() < found.rank.min() - 1e-12
         found = joined(found, further)
         if not better:
             return found
 
 
-def joined(one: Scored, other: Scored) -> Scored:
-    """The points of both."""
-    return jax.tree.map(lambda *parts: np.concatenate(parts), one, other)
+def _neighbours(arm: Arm, ranges: Ranges, best: np.ndarray, count: int) -> list[list[float]]:
+    """One step in the length of one class, in the depth or the nodes of a tree, or in the cap."""
+    caps, (cap, tree) = np.asarray(ranges.caps), best[count : count + 2]
+    at = int(np.searchsorted(caps, cap))
+    around = [[*best[:count], caps[j], tree] for j in (at - 1, at + 1) if 0 <= j < len(caps)]
+    if arm.trees is None:
+        for number, move in itertools.product(range(count), (-1, 1)):
+            if best[number] + move in ranges.lengths(arm.zero):
+                around.append([*best[:number], best[number] + move, *best[number + 1 : count], cap, 0.0])
+        return around
+    depth, nodes = best[0], arm.trees.nodes[int(tree)] if best[0] > 0 else 0.0
+    same = np.unique(arm.trees.nodes[arm.trees.depth == depth])
+    larger, smaller = same[same > nodes][:1], same[same < nodes][-1:]
+    moves = [_nearest(arm.trees, depth, float(size)) for size in (*larger, *smaller)]
+    moves += [_nearest(arm.trees, near, max(nodes, near)) for near in (depth - 1, depth + 1) if near >= 1]
+    return around + [[*[k] * count, cap, shape] for k, shape in [*moves, *[(0.0, 0)] * arm.zero]]
 
 
-def only(found: Scored, row: int) -> Scored:
-    """One point alone."""
-    return jax.tree.map(lambda part: part[row : row + 1], found)
+def _nearest(trees: TreeShapes, depth: float, nodes: float) -> tuple[float, int]:
+    """(depth, number) of the shape of this depth, or the nearest there is, whose nodes are nearest."""
+    depths = np.unique(trees.depth)
+    depth = depths[np.argmin(np.abs(depths - depth))]
+    of_depth = np.flatnonzero(trees.depth == depth)
+    return float(depth), int(of_depth[np.argmin(np.abs(np.log(trees.nodes[of_depth] / nodes)))])
+
+
+def joined(*parts: Scored) -> Scored:
+    """The points of all."""
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def rows(found: Scored, which) -> Scored:
+    """Some points alone."""
+    return jax.tree.map(lambda part: part[which], found)
 
 
 def first(found: Scored) -> Scored:
-    """The best point alone; of equal ones (a cap that never fills changes no mean) the largest cap."""
-    order = np.lexsort((-found.points[:, -2], np.round(found.rank, 10)))
-    return only(found, int(order[0]))
+    """The best point alone."""
+    return rows(found, found.order[:1])

@@ -15,18 +15,21 @@ SHOWN = ("ttft_mean", "tpot_mean", "e2e_mean")
 def joint(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
     """What `diffspec optimize --classes` says: the decision at each load, what each class gets, and limits' prices."""
     rows, by_class, prices = [], [], []
+    several = len(answer["replicas"]) > 1
     for entry in answer["table"]:
-        lengths = ", ".join(f"{name} {length}" for name, length in entry["draft_lengths"].items())
         cap = entry["max_batch_size"]
         rows.append(
             (
                 f"{entry['load']:g}",
                 _drafter(entry),
-                lengths,
+                _draft(entry),
                 "none" if cap is None else f"{cap:g}",
+                *([f"{entry['replicas']}"] if several else []),
+                *([entry["placement"]] if answer["placements"] else []),
                 _objective(answer["objective"], entry["objective"]),
                 significant(entry["speedup"]),
                 percent(entry["headroom"]),
+                percent(entry["chosen_probability"]),
                 _common(answer["objective"], entry["common"]),
             )
         )
@@ -41,9 +44,12 @@ def joint(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
         "drafter",
         "draft length",
         "batch cap",
+        *(["replicas"] if several else []),
+        *(["experts placed"] if answer["placements"] else []),
         answer["objective"],
         "speedup",
         "headroom",
+        "sure",
         "one for all",
     )
     yield table(f"joint decision by load: {answer['outcome']}", columns, rows, left=3)
@@ -74,6 +80,13 @@ def _drafter(entry: Mapping[str, Any]) -> str:
     return entry["drafter"] if any(entry["draft_lengths"].values()) else "no speculation"
 
 
+def _draft(entry: Mapping[str, Any]) -> str:
+    """Draft lengths of the classes, or the tree that all draw."""
+    if entry["tree"] is not None:
+        return f"tree: {entry['tree']['nodes']} nodes, {entry['tree']['depth']} deep, {entry['tree']['width']} wide"
+    return ", ".join(f"{name} {length}" for name, length in entry["draft_lengths"].items())
+
+
 def _common(goal: str, common: Mapping[str, Any]) -> str:
     if not common["feasible"]:
         return "none"
@@ -81,4 +94,4 @@ def _common(goal: str, common: Mapping[str, Any]) -> str:
 
 
 def _objective(text: str, value: float | None) -> str:
-    return significant(value) if text == "capacity" else metric_value("e2e_mean", value)
+    return significant(value) if text == "capacity" or "cost" in text else metric_value("e2e_mean", value)

@@ -1,0 +1,122 @@
+"""What a joint decision chooses among, as arrays: every drafter of the catalogue on every placement of experts."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffspec.acceptance import AbstractAcceptance, ConstantAcceptance
+from diffspec.analysis.plain import as_floats
+from diffspec.experts import CoverageTable
+from diffspec.fitting.deployment import FittedDeployment
+from diffspec.fitting.observations import states_of
+from diffspec.fitting.uncertainty import DRAWS
+from diffspec.optimizing.catalogue import DrafterChoice, RequestClass
+from diffspec.optimizing.expert_search import routed
+from diffspec.optimizing.joint_problem import Drafted
+from diffspec.optimizing.joint_search import Arm, Ranges
+from diffspec.optimizing.servers import prices, server_of
+from diffspec.results import InputError
+from diffspec.serving import MOST_STATES, ServingModel
+from diffspec.tree_shapes import tree_shapes
+
+OWN, ANY = DrafterChoice("fitted"), ConstantAcceptance(0.5)
+"""The deployment's own drafter; an acceptance for points that do not draft."""
+
+
+def arms_of(
+    own: FittedDeployment,
+    drafters: Sequence[DrafterChoice],
+    classes: Sequence[RequestClass],
+    ranges: Ranges,
+    acceptance: AbstractAcceptance | None,
+    placements: Mapping[str, CoverageTable],
+    *,
+    max_batched_tokens: float | None,
+    cost_per_hour: float | Mapping[str, Any] | None,
+    draws: ServingModel | None,
+) -> list[Arm]:
+    """Every drafter, the deployment's ``own`` where none is given, on every placement. ``draws``: of ``own``, by
+    default what its fit leaves open."""
+    found = []
+    for choice in drafters or (OWN,):
+        arm = _arm(own, choice, classes, ranges, max_batched_tokens, acceptance)
+        drafted, models = arm.drafted, draws
+        if arm.deployment is not own or draws is None:
+            known = arm.deployment.uncertainty
+            models = None if known is None else known.models(arm.deployment.serving, DRAWS)
+        models = None if models is None else as_floats(models)
+        if cost_per_hour is not None:
+            drafted = drafted._replace(hourly=np.asarray(_price(arm, cost_per_hour)))
+        arm = arm._replace(drafted=drafted, models=models)
+        if not placements:
+            found.append(arm)
+            continue
+        if getattr(arm.deployment.serving.step_time, "experts", None) is None:
+            raise InputError(f"drafter {choice.name!r}: its model is no mixture of experts: no placement can be asked")
+        for name, table in placements.items():
+            placed = drafted._replace(serving=as_floats(routed(drafted.serving, table)))
+            drawn = None if models is None else as_floats(routed_draws(models, table))
+            found.append(arm._replace(drafted=placed, models=drawn, placement=name))
+    return found
+
+
+def _arm(own: FittedDeployment, choice: DrafterChoice, classes, ranges: Ranges, budget, acceptance) -> Arm:
+    """One drafter of the catalogue."""
+    deployment = choice.deployment or own
+    named = choice.by_class or choice.candidates_by_class or {}
+    unknown = [name for name in named if name not in {one.name for one in classes}]
+    if unknown:
+        allowed = ", ".join(one.name for one in classes)
+        raise InputError(f"drafter {choice.name!r}: acceptance of {', '.join(unknown)}; allowed classes: {allowed}")
+    found, trees, tables = [], None, []
+    for one in classes:
+        rate = (choice.by_class or {}).get(one.name) or choice.acceptance or one.acceptance or acceptance
+        if choice.draws_trees:
+            rate = ANY  # the shapes have their own
+            table = (choice.candidates_by_class or {}).get(one.name, choice.candidates)
+            if table is None:
+                raise InputError(f"drafter {choice.name!r}: candidates: none of class {one.name}; allowed: all classes")
+            tables.append(table)
+        config = deployment.configuration(1.0, acceptance=rate, drafter_params=choice.drafter_params)
+        found.append(as_floats(config.acceptance))
+    if tables:
+        shares = np.asarray([one.share for one in classes])
+        trees = tree_shapes(tables, shares, max_nodes=choice.max_nodes, max_depth=ranges.longest)
+    reference = deployment.defaults.get("drafter_params", 1.0)
+    serving = as_floats(deployment.serving)
+    states = states_of(max((cap for cap in ranges.caps if cap <= MOST_STATES), default=None))
+    serving = replace(serving, waiting_states=min(serving.waiting_states, states))
+    kv, probability = (deployment.defaults.get(name) for name in ("kv_capacity_tokens", "draft_probability"))
+    drafted = Drafted(
+        serving=serving,
+        acceptances=tuple(found),
+        by_size=None,
+        reference_size=np.asarray(float(reference)),
+        draft_probability=np.asarray(1.0 if probability is None else float(probability)),
+        kv_capacity_tokens=None if kv is None else np.asarray(float(kv)),
+        max_batched_tokens=None if budget is None else np.asarray(float(budget)),
+        shapes=None if trees is None else (trees.rates, trees.nodes, trees.depth),
+        candidates=None if trees is None else trees.candidates,
+    )
+    size = float(choice.drafter_params or reference)
+    return Arm(choice.name, deployment, size, drafted, deployment.plain_measured, trees, choice.max_nodes)
+
+
+def routed_draws(models: ServingModel, table: CoverageTable) -> ServingModel:
+    """Draws of a server, each with this placement of its experts."""
+    count = jax.tree.leaves(models)[0].shape[0]
+    return routed(models, jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *np.shape(leaf))), table))
+
+
+def _price(arm: Arm, cost_per_hour: float | Mapping[str, Any]) -> float:
+    server = server_of(arm.deployment)
+    (price,) = prices([server], cost_per_hour)
+    if price is None or not math.isfinite(price):
+        raise InputError(
+            f"cost_per_hour: none of {server.hardware!r} (drafter {arm.name}); allowed: one of each device"
+        )
+    return price

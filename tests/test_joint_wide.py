@@ -1,0 +1,251 @@
+"""The joint decision beyond drafters and caps: trees, replicas with a price, placements of experts, and a risk."""
+
+import json
+import math
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import SERVER_STEP
+from test_expert_placement import SKEWED, counts_of, mixture
+from test_trees import path_products
+
+from diffspec.acceptance import AbstractPositionwise, ConstantAcceptance
+from diffspec.analysis.plain import FAST_COMPILE
+from diffspec.cli import main
+from diffspec.configuration import Configuration
+from diffspec.fitting.deployment import FittedDeployment, FittedModel
+from diffspec.optimizing.catalogue import DrafterChoice, RequestClass, parse_drafters
+from diffspec.optimizing.expert_balance import candidate_placements, place_experts
+from diffspec.optimizing.expert_placement import eplb
+from diffspec.optimizing.joint import optimize_jointly
+from diffspec.results import InputError
+from diffspec.serving import ServingModel
+from diffspec.trees import Tree
+from diffspec.workload import Workload
+
+CHAT = RequestClass("chat", 1.0, 300.0, 200.0, acceptance=ConstantAcceptance(0.65))
+CANDIDATES = np.asarray([[0.55, 0.25, 0.1], [0.5, 0.25, 0.05]])
+TREES = DrafterChoice("trees", candidates=CANDIDATES, max_nodes=6)
+LONGEST = 3
+CAP = {"max_batch_size": 48.0}
+
+
+@pytest.fixture(scope="module")
+def deployment():
+    serving = jax.tree.map(jnp.asarray, ServingModel(SERVER_STEP, first_token_steps=1.5))
+    measured = {"draft_lengths": [0, 1, 3, 5], "arrival_rate": [1.0, 20.0], "concurrency": None}
+    measured |= {"prompt_length": [100.0, 2000.0], "output_length": [50.0, 400.0]}
+    return FittedDeployment(
+        "synthetic", "roofline", serving, None, CAP | {"drafter_params": 1e9}, measured, {"rows": 1}
+    )
+
+
+@pytest.fixture(scope="module")
+def decide(deployment):
+    """One shape of question, so that its programs are compiled once."""
+
+    def decide(loads, **asked):
+        asked = {"max_draft_length": LONGEST, "classes": (CHAT,), "cost_per_hour": 3.6, "drafters": (TREES,)} | asked
+        return optimize_jointly(deployment, loads=loads, **asked)
+
+    return decide
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Sixteen servers: costs of weights and of tokens unlike those of the model, by 30 %, in their logarithms."""
+    spread = np.exp(0.3 * np.random.default_rng(5).standard_normal((3, 16)))
+    base = jax.tree.map(lambda leaf: jnp.full(16, float(leaf)), ServingModel(SERVER_STEP, first_token_steps=1.5))
+
+    def costs(model):
+        return model.step_time.weight_read, model.step_time.token_compute, model.step_time.draft.pass_base
+
+    return eqx.tree_at(costs, base, tuple(cost * by for cost, by in zip(costs(base), spread, strict=True)))
+
+
+def test_the_tree_is_the_best_of_all(decide, brute):
+    """At two loads, against every tree of up to six nodes, three deep and three wide, written out: a tree of most
+    tokens per step is that of least latency up to the law of its tokens."""
+    few, many = decide([0.5, 24.0])["table"]
+    assert few["tree"]["nodes"] > many["tree"]["nodes"]  # tokens to verify cost more in a large batch
+    for entry in (few, many):
+        told = entry["tree"]
+        flags = f"num-steps {told['depth']} --speculative-eagle-topk {told['width']} --speculative-num-draft-tokens "
+        assert f"{flags}{told['nodes'] + 1}" in told["sglang"]
+        assert entry["draft_lengths"] == {"chat": told["depth"]} and entry["exhaustive"]
+        assert 0.0 <= entry["optimality_gap"] < 0.02
+        found = brute(entry["load"])
+        assert entry["metrics"]["all"]["e2e_mean"] == pytest.approx(found[tuple(told["parents"])], rel=1e-9)
+        assert entry["objective"] <= min(found.values()) * 1.001
+        relaxed = entry["relaxed"]
+        assert 1.0 <= relaxed["tree"]["width"] <= 3.0 and relaxed["tree"]["nodes"] <= 6 * 1.001
+
+
+class Written(AbstractPositionwise):
+    """A tree's conditional rates and nodes, as they are."""
+
+    rates: jax.Array
+    nodes: jax.Array
+
+    def conditional_rates(self, draft_length):
+        return self.rates
+
+    def position_weights(self, draft_length):
+        return jnp.where(jnp.arange(32.0) < draft_length, 1.0, 0.0)
+
+    def drafted_tokens(self, draft_length):
+        return self.nodes
+
+
+@pytest.fixture(scope="module")
+def brute(deployment):
+    """load -> {parents: mean e2e latency [s]} of every tree."""
+    trees = {()}
+    for _ in range(6):
+        trees |= {(*tree, parent) for tree in trees for parent in range(-1, len(tree))}
+    trees = [tree for tree in map(Tree, trees - {()}) if tree.max_depth <= LONGEST and tree.rank.max() <= 3]
+    table, rates = np.concatenate([CANDIDATES, CANDIDATES[-1:]]), np.zeros((len(trees), 32))
+    for row, tree in zip(rates, trees, strict=True):
+        value, depth = path_products(tree.parents, table)
+        survival = [1.0, *(value[depth == level].sum() for level in range(1, tree.max_depth + 1))]
+        row[: tree.max_depth] = np.divide(survival[1:], survival[:-1])
+    nodes, depths = (np.asarray([float(getattr(tree, name)) for tree in trees]) for name in ("nodes", "max_depth"))
+
+    @partial(jax.jit, compiler_options=FAST_COMPILE)
+    def every(load, rates, nodes, depths):
+        def one(rates, nodes, depth):
+            workload = Workload(CHAT.prompt_length, CHAT.output_length, arrival_rate=load)
+            config = Configuration(depth, Written(rates, nodes), **CAP)
+            return deployment.serving.predict(workload, config).e2e_latency
+
+        return jax.vmap(one)(rates, nodes, depths)
+
+    def at(load):
+        found = np.asarray(every(load, rates, nodes, depths))
+        return dict(zip([tree.parents for tree in trees], found.tolist(), strict=True))
+
+    return at
+
+
+def test_replicas_share_the_load_and_cost_money(decide):
+    """The cheapest that keeps the limit has the fewest replicas that do, and its price is that of a million tokens."""
+    alone = {count: decide([60.0 / count])["table"][0] for count in (2, 3)}
+    fewest, bound = 3, math.sqrt(math.prod(entry["objective"] for entry in alone.values()))
+    asked = {"replicas": [4, 1, 3, 2], "objective": "cost"}
+    answer = decide([60.0], slo=[f"e2e_mean<{bound!r}", "cost<9"], **asked)
+    (entry,) = answer["table"]
+    assert entry["replicas"] == fewest and answer["replicas"] == [1, 2, 3, 4]
+    assert entry["objective"] == pytest.approx(fewest * 3.6 * 1e6 / (3600 * 60.0 * 200.0), rel=1e-9)
+    same = alone[fewest]
+    assert entry["metrics"]["chat"]["e2e_mean"] == pytest.approx(same["metrics"]["chat"]["e2e_mean"], rel=1e-9)
+    assert entry["metrics"]["all"]["capacity"] == pytest.approx(fewest * same["metrics"]["all"]["capacity"], rel=1e-9)
+    assert entry["metrics"]["all"]["throughput"] == pytest.approx(60.0, rel=1e-9)
+    spent = decide([60.0], slo=[f"e2e_mean<{bound!r}", "cost<0.2"], **asked)
+    assert spent["outcome"] == "infeasible"
+    assert set(spent["infeasible"]) in ({"cost<0.2"}, {f"e2e_mean<{bound:g}"})
+    json.dumps(answer, allow_nan=False)
+
+
+def test_a_risk_is_a_quantile_over_draws(decide, deployment, drawn):
+    """Against every draft length predicted in every draw."""
+    load, lengths = 12.0, np.arange(LONGEST + 1.0)
+
+    def every(models, lengths):
+        def one(model, length):
+            workload = Workload(CHAT.prompt_length, CHAT.output_length, arrival_rate=load)
+            return model.predict(workload, Configuration(length, CHAT.acceptance, **CAP)).e2e_latency
+
+        return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(models, lengths)
+
+    found = np.asarray(jax.jit(every, compiler_options=FAST_COMPILE)(drawn, lengths))
+    asked = {"drafters": (), "draws": drawn, "slo": ["e2e_mean<2"]}
+    plain = decide([load], **asked)
+    interval = plain["intervals"]["loads"][0]
+    (chosen,) = plain["table"][0]["draft_lengths"].values()
+    best = found.argmin(axis=1)
+    assert plain["intervals"]["draws"] == 16 and interval["compared"] == LONGEST + 1
+    assert interval["probability_best"] == pytest.approx((best == chosen).mean())
+    assert 0.0 < interval["probability_best"] < 1.0
+    assert plain["table"][0]["chosen_probability"] == interval["probability_best"]
+    regret = (found[:, chosen] / found.min(axis=1) - 1.0)[found[:, chosen] < 2.0]
+    assert interval["expected_regret"] == pytest.approx(regret.mean(), rel=1e-6)
+    speedups = np.sort(found[:, 0] / found[:, chosen])
+    assert speedups[0] <= interval["speedup"]["low"] <= interval["speedup"]["high"] <= speedups[-1]
+    for risk in (0.25, 0.9):
+        worst = np.sort(found, axis=0)[int(np.ceil(risk * 16)) - 1]
+        (entry,) = decide([load], risk=risk, **asked)["table"]
+        assert entry["draft_lengths"] == {"chat": int(worst.argmin())}
+        assert entry["risk_objective"] == pytest.approx(worst.min(), rel=1e-9)
+    broken = decide([load], risk=0.9, **(asked | {"slo": [f"e2e_mean<{float(np.median(found.min(axis=1)))!r}"]}))
+    assert broken["outcome"] == "infeasible" and broken["infeasible"]["risk"]["bound"] == 0.9
+    json.dumps([plain, broken], allow_nan=False)
+
+
+def test_a_model_that_does_not_tell_has_no_intervals(decide):
+    answer = decide([4.0])
+    assert answer["intervals"] is None and answer["intervals_reason"].startswith("trees: ")
+    with pytest.raises(InputError, match=r"risk: got 0\.9"):
+        decide([4.0], risk=0.9)
+    with pytest.raises(InputError, match="needs the price of a device"):
+        decide([4.0], objective="cost", cost_per_hour=None)
+    for counts in ([], [0]):
+        with pytest.raises(InputError, match="replicas: got"):
+            decide([4.0], replicas=counts)
+    two = (CHAT, RequestClass("code", 0.0, 10.0, 10.0))
+    unknown = DrafterChoice("x", candidates_by_class={"chat": CANDIDATES})
+    with pytest.raises(InputError, match="none of class code"):
+        decide([4.0], classes=two, drafters=(unknown,))
+    placed = {"EPLB": eplb(SKEWED, 2).table(SKEWED)}
+    with pytest.raises(InputError, match="no mixture of experts"):
+        decide([4.0], placements=placed)
+
+
+def test_trees_that_cannot_be_read_are_refused():
+    for text, sentence in (
+        ("- {name: a, max_nodes: 4}", "goes with candidates"),
+        ("- {name: a, candidates: [[0.6, 0.5]]}", "at most 1"),
+        ("- {name: a, candidates: [[0.6]], acceptance_rate: 0.5}", "one of them"),
+        ("- {name: a, candidates: [[0.6]], max_nodes: 2.5}", "whole numbers"),
+        ("- {name: a, candidates: [[x]]}", "rows of probabilities"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            parse_drafters(text)
+    (one,) = parse_drafters("- {name: a, candidates: {chat: [[0.5, 0.2], [0.4]]}, max_nodes: 8}")
+    assert one.draws_trees and one.max_nodes == 8 and one.candidates_by_class["chat"].tolist() == [[0.5, 0.2], [0.4, 0]]
+
+
+@pytest.mark.slow
+def test_a_placement_is_decided_with_the_rest(tmp_path, capsys):
+    """The best over placements is the best of the decisions with each of them alone; on the command line, too."""
+    deployment, routes = mixture(6, 2, 2), counts_of(SKEWED)
+    asked = {"loads": [4.0], "max_draft_length": LONGEST, "acceptance": ConstantAcceptance(0.75)}
+    lengths = {"prompt_length": 64.0, "output_length": 64.0}
+    placed, answer = place_experts(deployment, routes, **asked, **lengths, any_rank_load=True)
+    tables = candidate_placements(placed, routes, answer, True)
+    within = candidate_placements(placed, routes, answer)
+    assert "EPLB" in within and set(within) < set(tables)
+    assert "all loads" in tables and 1 < len(tables) <= 5
+    both = (RequestClass("chat", 1.0, 64.0, 64.0),)
+    asked |= {"classes": both, "batch_caps": (4.0, 16.0)}
+    (entry,) = optimize_jointly(placed, placements=tables, **asked)["table"]
+    each = {
+        name: optimize_jointly(placed, placements={name: table}, **asked)["table"][0]["objective"]
+        for name, table in tables.items()
+    }
+    assert entry["placement"] in tables and entry["objective"] == pytest.approx(min(each.values()), rel=1e-12)
+    assert max(each.values()) > min(each.values()) * 1.0001
+    assert entry["objective"] == pytest.approx(each[entry["placement"]], rel=1e-12)
+    np.savez(tmp_path / "routing.npz", counts=SKEWED * 1e6)
+    (tmp_path / "model.json").write_text(FittedModel({deployment.name: deployment}, "0" * 64, {}).to_json())
+    command = ["optimize", str(tmp_path / "model.json"), "--arrival-rate", "4", "--max-draft-length", str(LONGEST)]
+    command += ["--experts", str(tmp_path / "routing.npz"), "--any-rank-load", "--batch-caps", "4,16"]
+    command += ["--prompt-length", "64", "--output-length", "64", "--acceptance-rate", "0.75"]
+    assert main([*command, "--out", str(tmp_path / "told.json")]) == 0
+    assert "experts placed" in capsys.readouterr().out
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["experts"]["outcome"] == "successful" and told["table"][0]["placement"] in told["placements"]
+    assert told["table"][0]["objective"] == pytest.approx(entry["objective"], rel=1e-9)
