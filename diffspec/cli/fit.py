@@ -100,6 +100,17 @@ def command(
             help="Parameters whose profile likelihood to work out, such as verify_kv,draft.pass_base, or all.",
         ),
     ] = None,
+    fleet: Annotated[
+        Path | None,
+        typer.Option(
+            "--fleet",
+            metavar="DIR",
+            help="Fit each file or folder in DIR (of a table: each deployment) as a model of its own; --out: a folder.",
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", metavar="N", help="With --fleet: processes that fit; default 1.")
+    ] = None,
     verifier: Verifier = None,
     drafter: Drafter = None,
     hardware: Hardware = None,
@@ -123,6 +134,9 @@ def command(
     --verifier config.json --drafter draft.json --hardware h100
 
     New rows of servers that are fitted already: diffspec fit --update model.json new.parquet --out model2.json
+
+    Many traces at once, going on where a run that was stopped left off: diffspec fit --fleet traces/ --out models/
+    --processes 8
     """
     if template:
         from diffspec.traces import template as template_text
@@ -136,6 +150,27 @@ def command(
     from diffspec.results import InputError
     from diffspec.traces import read_trace
 
+    if fleet is not None:
+        others = (update, forgetting, acceptance, pool, prior, profile, verifier, drafter, hardware, tensor_parallel)
+        if traces or out is None or any(option is not None for option in (*others, drafter_kind)):
+            raise InputError(
+                "--fleet goes with --out FOLDER, --processes, --step-time, --holdout, --observables, --solver, "
+                "--uncertainty, --all-rows, --set, --identity and --skip-bad-rows, and reads its traces from DIR"
+            )
+        from diffspec.cli.fleet import fit_folder
+
+        chosen = None if observables is None else tuple(name.strip() for name in observables.split(","))
+        asked = {"step_time": step_time, "holdout": holdout, "observables": chosen, "all_rows": all_rows}
+        asked |= {"solver": solver, "uncertainty": uncertainty}
+        reading = {"skip_bad_rows": skip_bad_rows, "identity": read_columns(identity, assignments)}
+        told = fit_folder(fleet, out, 1 if processes is None else processes, asked, reading)
+        note(told["warnings"], "warning")
+        deliver(told, fitting_tables.fleet, as_json=as_json)
+        if not told["fitted"]:
+            raise typer.Exit(1)
+        return
+    if processes is not None:
+        raise InputError("--processes goes with --fleet DIR")
     if not traces:
         raise InputError("TRACE is missing: diffspec fit TRACE... --out model.json, or diffspec fit --template")
     if out is None:

@@ -1,4 +1,4 @@
-"""Tables of what to measure next and of what new rows changed in a fitted model."""
+"""Tables of what to measure next, of what new rows changed in a fitted model, and of a fleet of fits."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -6,8 +6,11 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from diffspec.report.numbers import percent, quantity, significant
+from diffspec.report.numbers import NONE, percent, quantity, significant
 from diffspec.report.tables import table
+
+MOST_SHOWN = 40
+"""Traces of a fleet that a table shows."""
 
 
 def next_runs(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -58,3 +61,27 @@ def update_summary(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
             yield Text(f"changed: {change['text']}")
         if not entry["drift"]:
             yield Text("no change found")
+
+
+def shortened(text: str, most: int = 120) -> str:
+    """The beginning of a long sentence."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def fleet(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What `diffspec fit --fleet` says: what became of each trace, the first of them where there are many."""
+    rows = [
+        (
+            entry["name"],
+            "kept from before" if entry["resumed"] else entry["outcome"],
+            NONE if entry["model"] is None else f"{entry['rows']}",
+            f"{entry['seconds']:.1f} s",
+            entry["model"] or shortened(entry["error"]),
+        )
+        for entry in answer["traces"][:MOST_SHOWN]
+    ]
+    title = f"{answer['fitted']} fitted ({answer['resumed']} of them before), {answer['failed']} failed"
+    yield table(title, ("trace", "", "rows", "took", "model"), rows, left=2)
+    hidden = len(answer["traces"]) - MOST_SHOWN
+    if hidden > 0:
+        yield Text(f"and {hidden} more; --json names all, and so does fleet.jsonl in {answer['out']}")

@@ -41,6 +41,11 @@ class Trace:
     def __len__(self) -> int:
         return len(self.frame)
 
+    def by_deployment(self) -> dict[str, "Trace"]:
+        """A trace for each deployment, with its rows alone."""
+        groups = self.frame.groupby("deployment", sort=False)
+        return {str(name): replace(self, frame=rows.reset_index(drop=True), bad_rows=None) for name, rows in groups}
+
     def digest(self) -> str:
         """SHA-256 over the canonical columns as text, in hex. It does not change with the order of rows or columns,
         the file format, the name of the file, or unknown columns."""

@@ -1,0 +1,129 @@
+"""`diffspec fit --fleet`: many traces, each a model of its own, with a record of what is finished."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffspec.cli.output import progress_bar
+from diffspec.cli.prepare import prepare_jax
+
+if TYPE_CHECKING:
+    from diffspec.traces import Trace
+
+RECORD = "fleet.jsonl"
+"""The record in the folder of models: one line of JSON for each trace that was done."""
+
+
+def fit_folder(source: Path, out: Path, processes: int, asked: Mapping[str, Any], reading: Mapping[str, Any]) -> dict:
+    """Fit the traces of ``source`` (a folder: each file or folder in it is one; a file: each deployment in it) into the
+    folder ``out``, and tell what became of each. Those that its record has as fitted, from the same bytes and with the
+    same options, are not fitted again.
+
+    Errors: :class:`InputError` for no traces, or a folder that cannot be written; :class:`NoResultError` where a
+    process dies; the record then has what was finished.
+    """
+    from diffspec.fitting.fleet import fit_fleet
+    from diffspec.report.files import json_text, write_files
+    from diffspec.results import InputError
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made a folder: {error.strerror or error}") from None
+    question = hashlib.sha256(json.dumps([asked, reading], sort_keys=True, default=str).encode()).hexdigest()
+    found = {name: (read, sha256 + question) for name, read, sha256 in _traces(source, reading)}
+    known = {line["name"]: line for line in _record(out / RECORD) if line.get("outcome") == "fitted"}
+    told = {}
+    for name, (_, fingerprint) in found.items():
+        before = known.get(name)
+        if before is not None and before["fingerprint"] == fingerprint and Path(before["model"]).is_file():
+            told[name] = before | {"resumed": True}
+    left = {name: read for name, (read, _) in found.items() if name not in told}
+    names = _file_names(found)
+    with progress_bar("fleet") as progress, (out / RECORD).open("a", encoding="utf-8") as record:
+        fits = fit_fleet(left, processes=processes, prepare=prepare_jax, **asked) if left else ()
+        for done in fits:
+            target = out / names[done.name]
+            line: dict[str, Any] = {"name": done.name, "fingerprint": found[done.name][1], "seconds": done.seconds}
+            line |= {"outcome": "failed" if done.model is None else "fitted", "error": done.error, "model": None}
+            if done.model is not None:
+                write_files({target: done.model.to_json()})
+                fitted = done.model.deployments.values()
+                line |= {"model": str(target), "deployments": len(fitted)}
+                line |= {"rows": sum(one.quality["rows"] for one in fitted)}
+                line |= {"warnings": [text for one in fitted for text in one.warnings]}
+            record.write(" ".join(json_text(line).split("\n")) + "\n")
+            record.flush()
+            told[done.name] = line | {"resumed": False}
+            progress(f"fleet: {len(told)} of {len(found)}", len(told) / len(found))
+    entries = [told[name] for name in found]
+    return {
+        "out": str(out),
+        "fitted": sum(entry["outcome"] == "fitted" for entry in entries),
+        "failed": sum(entry["outcome"] == "failed" for entry in entries),
+        "resumed": sum(entry["resumed"] for entry in entries),
+        "processes": processes,
+        "traces": [{key: value for key, value in entry.items() if key != "fingerprint"} for entry in entries],
+        "warnings": [f"{entry['name']}: {entry['error']}" for entry in entries if entry["outcome"] == "failed"],
+    }
+
+
+def _traces(source: Path, reading: Mapping[str, Any]) -> Iterator[tuple[str, "Callable[[], Trace]", str]]:
+    """(name, how it is read, digest of its bytes) of each trace."""
+    from diffspec.results import InputError
+    from diffspec.traces import read_trace
+
+    if source.is_dir():
+        children = [path for path in sorted(source.iterdir()) if not path.name.startswith((".", "_"))]
+        if not children:
+            raise InputError(f"{source}: an empty folder; allowed: a file or a folder for each trace")
+        for child in children:
+            yield child.name, partial(read_trace, [child], **reading), _digest(child)
+        return
+    for name, part in read_trace([source], **reading).by_deployment().items():
+        yield name, partial(_itself, part), part.digest()
+
+
+def _itself(trace: "Trace") -> "Trace":
+    return trace
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of all files below a folder."""
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(path.parent)).encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _record(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a record; one that a crash cut short is left out."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _file_names(names: Mapping[str, Any]) -> dict[str, str]:
+    """A file name for the model of each trace, different for all."""
+    taken: dict[str, str] = {}
+    used = {RECORD}
+    for name in names:
+        stem = re.sub(r"[^\w.-]+", "-", re.sub(r"\.(csv|parquet|json|jsonl)$", "", name)).strip("-.") or "trace"
+        file, number = f"{stem}.json", 1
+        while file in used:
+            number += 1
+            file = f"{stem}-{number}.json"
+        used.add(file)
+        taken[name] = file
+    return taken
