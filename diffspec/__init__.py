@@ -47,11 +47,13 @@ if TYPE_CHECKING:
     from diffspec.fitting.deployment import FittedDeployment, FittedModel
     from diffspec.fitting.evaluate import evaluate
     from diffspec.fitting.fit import fit
+    from diffspec.fitting.fleet import fit_fleet
     from diffspec.fitting.principles import transfer
     from diffspec.fitting.update import update
     from diffspec.hardware import Accelerator, accelerator
     from diffspec.lengths import Lengths
     from diffspec.optimizing.expert_balance import place_experts
+    from diffspec.optimizing.fleet import optimize_fleet
     from diffspec.optimizing.joint import optimize_jointly
     from diffspec.optimizing.load_policy import policy
     from diffspec.optimizing.optimize import optimize
@@ -135,12 +137,14 @@ __all__ = [
     "evaluate",
     "fit",
     "fit_decay",
+    "fit_fleet",
     "histogram_to_conditional",
     "marginal_to_conditional",
     "memory_plan",
     "moved",
     "non_dominated",
     "optimize",
+    "optimize_fleet",
     "optimize_jointly",
     "place_experts",
     "policy",
@@ -223,6 +227,7 @@ _HOMES = {
     ),
     "fitting.evaluate": ("evaluate",),
     "fitting.fit": ("fit",),
+    "fitting.fleet": ("fit_fleet",),
     "fitting.principles": ("transfer",),
     "fitting.update": ("update",),
     "hardware": (
@@ -231,6 +236,7 @@ _HOMES = {
     ),
     "lengths": ("Lengths",),
     "optimizing.expert_balance": ("place_experts",),
+    "optimizing.fleet": ("optimize_fleet",),
     "optimizing.joint": ("optimize_jointly",),
     "optimizing.load_policy": ("policy",),
     "optimizing.optimize": ("optimize",),

@@ -3,18 +3,24 @@
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from test_cli_main import run
+from test_cli_main import run, toy_deployment
 
 from diffspec.cli.prepare import prepare_jax
 from diffspec.fitting.deployment import FittedModel
 from diffspec.fitting.fit import fit
 from diffspec.fitting.fleet import fit_fleet
+from diffspec.optimizing.fleet import optimize_fleet
+from diffspec.optimizing.optimize import optimize
 from diffspec.results import InputError, NoResultError
 from diffspec.traces import read_trace
 
@@ -85,6 +91,81 @@ def dies():
 
 def broken():
     raise ValueError("a fault")
+
+
+def test_a_fleet_is_optimised_as_each_alone(tmp_path):
+    """A cap or another, no row without drafts, an acceptance of its own or none."""
+    plain, capped = toy_deployment("plain"), toy_deployment("capped", draft_lengths=[1, 2, 4])
+    capped = replace(capped, defaults=capped.defaults | {"max_batch_size": 8.0})
+    silent = replace(toy_deployment("silent"), acceptance=None)
+    fleet = {one.name: one for one in (plain, capped, silent)}
+    asked = {"loads": [0.5, 2.0, 400.0], "prompt_length": 64.0, "output_length": 64.0, "max_draft_length": 3}
+    answer = optimize_fleet(fleet, **asked, slo=["ttft_mean<5"])
+    told = {one["deployment"]: one for one in answer["deployments"]}
+    assert list(told) == list(fleet) and answer["programs"] == 2 and "acceptance" in told["silent"]["error"]
+    for name in ("plain", "capped"):
+        alone = optimize(fleet[name], **asked, slo=["ttft_mean<5"])
+        for entry, one in zip(told[name]["table"], alone["table"], strict=True):
+            assert entry["feasible"] == one["feasible"] and entry["draft_length"] == one["draft_length"]
+            if one["feasible"]:
+                assert entry["metrics"]["e2e_mean"] == pytest.approx(one["metrics"]["e2e_mean"], rel=1e-10)
+                both = entry["speedup"], one["speedup"]
+                assert both == (None, None) or both[0] == pytest.approx(both[1], rel=1e-10)
+    assert not told["capped"]["table"][2]["feasible"]
+    with pytest.raises(InputError, match="got no deployment"):
+        optimize_fleet({}, **asked)
+    for name in ("plain", "capped"):
+        (tmp_path / f"{name}.json").write_text(FittedModel({name: fleet[name]}, "0" * 64, {}).to_json())
+    (tmp_path / "notes.json").write_text("{}")
+    command = ["optimize", tmp_path, "--arrival-rate", "0.5,2,400", "--max-draft-length", "3", "--slo", "ttft_mean<5"]
+    command += ["--prompt-length", "64", "--output-length", "64"]
+    code, shown, err = run(*command, "--out", tmp_path.parent / "told.json")
+    assert code == 0 and "draft length by load: successful" in shown and "notes.json" in err
+    kept = json.loads((tmp_path.parent / "told.json").read_text())
+    assert [one["table"] for one in kept["deployments"]] == [told[name]["table"] for name in ("capped", "plain")]
+    assert run(*command, "--risk", "0.9").code == 2 and run(*command[:4]).code == 2
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_give_the_numbers_of_one(tmp_path):
+    """One program over all devices of both processes, by jax.distributed, against one device of one process."""
+    toy = toy_deployment()
+    fleet = {f"{cap}": replace(toy, defaults=toy.defaults | {"max_batch_size": 2.0 + cap}) for cap in range(5)}
+    for name, one in fleet.items():
+        (tmp_path / f"{name}.json").write_text(FittedModel({"toy": one}, "0" * 64, {}).to_json())
+    asked = {"loads": [0.5, 2.0], "prompt_length": 64.0, "output_length": 64.0, "max_draft_length": 3}
+    alone = optimize_fleet(fleet, **asked)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(DATA.parent)}
+    command = [sys.executable, "-c", DISTRIBUTED, address]
+    started = [
+        subprocess.Popen(
+            [*command, str(number), str(tmp_path), json.dumps(asked)], env=environment, stdout=subprocess.PIPE
+        )
+        for number in range(2)
+    ]
+    answers = [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in started]
+    assert answers[0]["deployments"] == answers[1]["deployments"] and answers[0]["devices"] == 4
+    for one, other in zip(alone["deployments"], answers[0]["deployments"], strict=True):
+        for entry, told in zip(one["table"], other["table"], strict=True):
+            assert told["draft_length"] == entry["draft_length"]
+            assert told["metrics"] == pytest.approx(entry["metrics"], rel=1e-10)
+
+
+DISTRIBUTED = """
+import json, pathlib, sys
+import jax
+address, number, folder, asked = sys.argv[1:]
+jax.config.update("jax_enable_x64", True)
+jax.distributed.initialize(address, num_processes=2, process_id=int(number))
+import diffspec
+texts = {path.stem: path.read_text() for path in sorted(pathlib.Path(folder).glob("*"))}
+deployments = {name: diffspec.FittedModel.from_json(text).deployment() for name, text in texts.items()}
+print(json.dumps(diffspec.optimize_fleet(deployments, **json.loads(asked))))
+"""
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`diffspec fit --fleet`: many traces, each a model of its own, with a record of what is finished."""
+"""Many at once: `diffspec fit --fleet`, with a record of what is finished, and `diffspec optimize` of a folder."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from diffspec.cli.output import progress_bar
 from diffspec.cli.prepare import prepare_jax
 
 if TYPE_CHECKING:
+    from diffspec.cli.options import WorkloadOptions
     from diffspec.traces import Trace
 
 RECORD = "fleet.jsonl"
@@ -70,6 +71,52 @@ def fit_folder(source: Path, out: Path, processes: int, asked: Mapping[str, Any]
         "traces": [{key: value for key, value in entry.items() if key != "fingerprint"} for entry in entries],
         "warnings": [f"{entry['name']}: {entry['error']}" for entry in entries if entry["outcome"] == "failed"],
     }
+
+
+def optimize_folder(
+    folder: Path, asked: "WorkloadOptions", given: Mapping[str, Any], question: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The best draft length of every model in a folder at each load; ``given``: options that this cannot take.
+
+    Errors: :class:`InputError` for a folder without models, or such an option.
+    """
+    from diffspec.cli.options import read_model
+    from diffspec.optimizing.fleet import optimize_fleet
+    from diffspec.results import InputError
+
+    refused = [option for option, value in given.items() if value is not None]
+    if refused:
+        raise InputError(f"{folder}: a folder of models; got {', '.join(refused)}; allowed: with one model alone")
+    deployments, broken = {}, []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            model = read_model(path)
+        except InputError as error:
+            broken.append(str(error))
+            continue
+        for name, deployment in model.deployments.items():
+            deployments[path.stem if len(model.deployments) == 1 else f"{path.stem}: {name}"] = deployment
+    if not deployments:
+        raise InputError(f"{folder}: no model in it; allowed: a folder that 'diffspec fit --fleet' wrote {broken[:1]}")
+    if asked.prompt_length is None or asked.output_length is None:
+        raise InputError("--prompt-length and --output-length are needed: models of a fleet were measured at their own")
+    loop, loads = asked.loads()
+    if asked.prefix_hit_rate is not None or asked.max_batched_tokens is not None:
+        raise InputError("--prefix-hit-rate, --max-batched-tokens: allowed with one model alone")
+    shape = {"prompt_length": asked.prompt_length, "output_length": asked.output_length}
+    shape |= asked.details() | {"acceptance": asked.acceptance_model(None)}
+    with progress_bar("optimize") as progress:
+        answer = optimize_fleet(deployments, loads=loads, loop=loop, **shape, **question, progress=progress)
+    some = any(entry["feasible"] for one in answer["deployments"] for entry in one["table"])
+    broken += [f"{one['deployment']}: {one['error']}" for one in answer["deployments"] if one["error"]]
+    return {"outcome": "successful" if some else "infeasible"} | answer | {"warnings": broken}
+
+
+def tables(answer: Mapping[str, Any]) -> Iterator[Any]:
+    """What :func:`optimize_folder` found, for people."""
+    from diffspec.report.fitting_tables import fleet_policies
+
+    return fleet_policies(answer)
 
 
 def _traces(source: Path, reading: Mapping[str, Any]) -> Iterator[tuple[str, "Callable[[], Trace]", str]]:

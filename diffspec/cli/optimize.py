@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from diffspec.cli import fleet
 from diffspec.cli.experts import ExpertOptions, half
 from diffspec.cli.joint import JointOptions
 from diffspec.cli.options import (
@@ -61,12 +62,24 @@ def command(
     Before any trace, or on other hardware: --verifier and --hardware as predict takes them. With --classes, --drafters,
     --batch-caps or --replicas the drafter, the draft length of each class or the tree, the batch cap and how many
     replicas share the load are decided together at each load.
+    Of a folder of models (fit --fleet) the best draft length of each is found at once.
     With --experts it also places a mixture's experts on --expert-ranks, together with the draft length.
     """
     if joint.template:
         joint.print_template()
         return
     prepare_jax()
+    if subject.model is not None and subject.model.is_dir():
+        given = {"--risk": risk, "--cost-per-hour": cost_per_hour, "--capture-sizes": capture_sizes, "--plot": plot}
+        given |= {"--experts": placing.experts, "--classes, --drafters, ...": joint.asked or None}
+        given |= {"--max-batch-size": asked.max_batch_size, "--drafter-params": asked.drafter_params}
+        question = {"max_draft_length": max_draft_length, "slo": slo or [], "objective": objective}
+        answer = fleet.optimize_folder(subject.model, asked, given, question)
+        note(answer["warnings"], "warning")
+        deliver(answer, fleet.tables, as_json=as_json, out=out)
+        if answer["outcome"] != "successful":
+            raise typer.Exit(1)
+        return
     from diffspec.optimizing.optimize import optimize, optimize_unmeasured
     from diffspec.report import expert_tables, tables
 
