@@ -1,0 +1,97 @@
+"""How far the batched equilibrium is from this machine's limit: a fused elementwise loop that evaluates as many
+transcendental functions and does nothing else.
+
+    python experiments/09_speed/limit.py
+
+The limit is measured, not looked up: one program that reads one number a system, applies exp and log in turn (of values
+that stay near 1) as often as the equilibrium's own program does, and writes one number. Functions are counted in the
+traced program, loops as often as they run (XLA's cost analysis counts the body of a loop once); a power counts as one
+exp and one log. All are compiled alike and run in turns, in float64 and in float32, the equilibrium whole and in chunks
+that stay in a cache (`jax.lax.map(..., batch_size=2048)`). Writes limit.json beside itself.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from steady_state import random_systems, solve, timed
+
+HERE = Path(__file__).resolve().parent
+CHUNK = 2048
+ONE = {"value": lambda x: solve(x)[0], "value and gradient": jax.value_and_grad(lambda x: solve(x)[0])}
+PROGRAMS = {name: jax.vmap(one) for name, one in ONE.items()}
+
+
+COUNTED = {"exp": 1, "log": 1, "log1p": 1, "expm1": 1, "exp2": 1, "tanh": 1, "logistic": 1, "pow": 2}
+
+
+def counted(jaxpr) -> int:
+    """Transcendental functions of one system in a traced program."""
+    total = 0
+    for equation in jaxpr.eqns:
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        total += COUNTED.get(equation.primitive.name, 0)
+        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda part: hasattr(part, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += times * counted(inner)
+    return total
+
+
+def transcendentals(count: int):
+    """A program of ``count`` exps and logs a system, in turn; each keeps values between 1 and 3."""
+
+    def program(x):
+        def pair(_, x):
+            return jnp.log(jnp.exp(x) + 0.5)
+
+        return jax.lax.fori_loop(0, count // 2, pair, x)
+
+    return program
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--systems", type=int, default=1_000_000)
+    parser.add_argument("--repeats", type=int, default=5)
+    asked = parser.parse_args()
+    answer: dict = {
+        "machine": f"{len(os.sched_getaffinity(0))} virtual CPU cores, {platform.machine()}",
+        "load_before": os.getloadavg()[0],
+        "systems": asked.systems,
+        "programs": [],
+    }
+    for kind in (jnp.float64, jnp.float32):
+        systems = jnp.asarray(random_systems(asked.systems), dtype=kind)
+        for name, program in PROGRAMS.items():
+            compiled = jax.jit(program).lower(systems).compile()
+            chunks = jax.jit(partial(jax.lax.map, ONE[name], batch_size=CHUNK)).lower(systems).compile()
+            functions = counted(jax.make_jaxpr(program)(systems).jaxpr)
+            count = 2 * round(functions / 2)
+            limit = jax.jit(transcendentals(count)).lower(systems[:, 0]).compile()
+            turns = []
+            for _ in range(asked.repeats + 1):
+                turns.append((timed(compiled, systems), timed(chunks, systems), timed(limit, 1.0 + systems[:, 7])))
+            whole, seconds, least = (statistics.median(column) for column in zip(*turns[1:], strict=True))
+            entry = {"program": name, "dtype": np.dtype(kind).name, "transcendentals": functions, "seconds": seconds}
+            entry |= {"solves_per_s": asked.systems / seconds, "limit_s": least, "times_the_limit": seconds / least}
+            entry |= {"whole_seconds": whole, "whole_times_the_limit": whole / least}
+            answer["programs"].append(entry)
+            print(json.dumps(entry), flush=True)
+    exact = jax.jit(PROGRAMS["value"])(jnp.asarray(random_systems(asked.systems)))
+    single = jax.jit(PROGRAMS["value"])(jnp.asarray(random_systems(asked.systems), dtype=jnp.float32))
+    off = np.abs(np.expm1(np.asarray(single, dtype=float) - np.asarray(exact)))
+    answer["float32_error"] = {"median": float(np.median(off)), "largest": float(off.max())}
+    (HERE / "limit.json").write_text(json.dumps(answer, indent=1) + "\n")
+    print(json.dumps(answer["float32_error"]))
+
+
+if __name__ == "__main__":
+    main()
