@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from diffspec.analysis.answers import predict_answer
     from diffspec.analysis.before_traces import before_traces, moved, predict_before_traces, predict_transferred
     from diffspec.analysis.design import design
+    from diffspec.analysis.explaining import explain
     from diffspec.analysis.sensitivity import sensitivity
     from diffspec.architecture import Transformer, eagle_head, read_architecture
     from diffspec.batch_state import BatchState, StepParts
@@ -133,6 +134,7 @@ __all__ = [
     "eagle_head",
     "energy_per_token",
     "evaluate",
+    "explain",
     "fit",
     "fit_decay",
     "histogram_to_conditional",
@@ -189,6 +191,7 @@ _HOMES = {
         "predict_transferred",
     ),
     "analysis.design": ("design",),
+    "analysis.explaining": ("explain",),
     "analysis.sensitivity": ("sensitivity",),
     "architecture": (
         "Transformer",
