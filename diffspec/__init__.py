@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from diffspec.analysis.answers import predict_answer
     from diffspec.analysis.before_traces import before_traces, moved, predict_before_traces, predict_transferred
     from diffspec.analysis.design import design
+    from diffspec.analysis.explaining import explain
     from diffspec.analysis.sensitivity import sensitivity
     from diffspec.architecture import Transformer, eagle_head, read_architecture
     from diffspec.batch_state import BatchState, StepParts
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from diffspec.optimizing.size import size
     from diffspec.percentiles import predict_distribution
     from diffspec.prediction import Prediction
+    from diffspec.report.drawing import draw
     from diffspec.resources import MemoryPlan, energy_per_token, memory_plan
     from diffspec.results import RESULTS, DiffspecError, InputError, NoResultError, TraceError
     from diffspec.serving import ServingModel
@@ -132,9 +134,11 @@ __all__ = [
     "conditional_to_marginal",
     "decay_from_tokens_per_step",
     "design",
+    "draw",
     "eagle_head",
     "energy_per_token",
     "evaluate",
+    "explain",
     "fit",
     "fit_decay",
     "fit_fleet",
@@ -193,6 +197,7 @@ _HOMES = {
         "predict_transferred",
     ),
     "analysis.design": ("design",),
+    "analysis.explaining": ("explain",),
     "analysis.sensitivity": ("sensitivity",),
     "architecture": (
         "Transformer",
@@ -243,6 +248,7 @@ _HOMES = {
     "optimizing.pareto": ("non_dominated",),
     "optimizing.size": ("size",),
     "percentiles": ("predict_distribution",),
+    "report.drawing": ("draw",),
     "resources": (
         "MemoryPlan",
         "energy_per_token",

@@ -362,6 +362,58 @@ def test_acceptance_by_position_moves_as_a_whole(slopes):
     assert_close([values[0], used[0]], [found.value, float(found.prediction.utilization)], rtol=1e-12)
 
 
+def test_intervals_are_those_of_every_draw(slopes):
+    """Value, elasticity, gradient and saving of each of 64 servers that are built and moved by hand."""
+    along = np.linspace(-0.4, 0.4, 64)
+    names = ("step_time.verify_base", "step_time.verify_query")
+    known = uncertain(dict.fromkeys(names, 0.3), np.stack([along, 0.5 * along**2], axis=1))
+    deployment = replace(toy_deployment(), serving=SERVING, uncertainty=known)
+    shares = []
+    answer = explain(
+        deployment, LOAD, CONFIG, indices=True, points=8, progress=lambda label, share: shares.append((label, share))
+    )
+
+    def at(base, query):
+        return float(
+            predict(
+                replace(SERVING, step_time=replace(STEP, verify_base=base, verify_query=query)), LOAD, CONFIG
+            ).e2e_latency
+        )
+
+    base, query = 0.02 * np.exp(along), 4e-4 * np.exp(0.5 * along**2)
+    value = np.array([at(b, q) for b, q in zip(base, query, strict=True)])
+    step = 1e-4
+    moved = np.array([[at(b * np.exp(s), q) for s in (-step, step)] for b, q in zip(base, query, strict=True)])
+    slope = np.log(moved[:, 1] / moved[:, 0]) / (2 * step)
+    told = {"value": value, "elasticities": slope, "gradients": slope * value / base}
+    saved = np.array([at(b / 2, q) for b, q in zip(base, query, strict=True)]) / value - 1.0
+    edges = {name: np.quantile(values, (0.05, 0.5, 0.95), method="nearest") for name, values in told.items()}
+    found = answer["intervals"]
+    assert found["draws"] == 64 and found["level"] == 0.9
+    assert_close(list(found["value"].values()), edges["value"], rtol=1e-9)
+    for of in ("elasticities", "gradients"):
+        assert_close(list(found[of]["verify_base"].values()), edges[of], rtol=1e-6)
+        assert set(found[of]) == {row["name"] for row in answer["elasticities"]}
+    (row,) = [row for row in answer["halved"] if row["name"] == "verify_base"]
+    assert_close(list(row["interval"].values()), np.quantile(saved, (0.05, 0.5, 0.95), method="nearest"), rtol=1e-9)
+    low, high = sorted(f"{100 * abs(row['interval'][end]):.0f} %" for end in ("low", "high"))
+    assert any(line.endswith(f"({low} to {high} over the draws)") for line in answer["explanation"])
+    assert [share for label, share in shares if label == "Sobol' indices"][-1] == 1.0
+    assert [share for label, share in shares if label == "intervals"] == [(n + 1) / 64 for n in range(64)]
+
+
+def test_a_draw_that_saturates_has_no_latency_and_a_capacity(slopes):
+    names = ("step_time.verify_query",)
+    known = uncertain({names[0]: 1.0}, np.linspace(-1.0, 3.0, 64)[:, None])
+    deployment = replace(toy_deployment(), serving=SERVING, uncertainty=known)
+    value = explained(slopes, deployment)["intervals"]["value"]
+    assert value["low"] is not None and value["high"] is None
+    capacity = explained(find_slopes(SERVING, LOAD, CONFIG, "capacity"), deployment)
+    assert 0 < capacity["intervals"]["value"]["low"] < 5.0 < capacity["intervals"]["value"]["high"]
+    over = explained(find_slopes(SERVING, replace(LOAD, arrival_rate=500.0), CONFIG, "capacity"), deployment)
+    assert over["outcome"] == "saturated" and over["value"] == pytest.approx(capacity["value"], rel=1e-9)
+
+
 # --- the command ----------------------------------------------------------------------
 
 
@@ -386,7 +438,13 @@ def test_the_command_tells_what_it_is_asked(tmp_path, monkeypatch):
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     shown = run(*base, *asked)
     assert shown.code == 0
-    for said in ("second order", "Sobol' indices over 16 points", "told by draws", *answer["explanation"]):
+    for said in (
+        "second order",
+        ", 90% of draws ",
+        "Sobol' indices over 16 points",
+        "told by draws",
+        *answer["explanation"],
+    ):
         assert said in shown.out
     wrong = run(*base, "--global", "--span", "output_length")
     assert wrong.code == 2 and "allowed: FIELD=PERCENT" in wrong.err

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from diffspec.analysis.inputs import Point
+from diffspec.analysis.intervals import spread
 from diffspec.analysis.metrics import values_at
 from diffspec.analysis.plain import finite
-from diffspec.analysis.sensitivity import Slopes
+from diffspec.analysis.sensitivity import Slopes, each_point
 from diffspec.prediction import STAGES
 from diffspec.results import RESULTS
+from diffspec.serving import ServingModel
 
 STAGE_WORDS = {
     "waiting": "waiting for a place",
@@ -25,17 +28,36 @@ FACTORS = tuple(float(f) for f in 2.0 ** np.linspace(-1.0, 1.0, 9))
 SAID = 3
 
 
-def halved(slopes: Slopes) -> list[dict[str, Any]]:
-    """The metric at half of each parameter above 0, largest change first: ``[{"name", "value", "change"}]``, change =
-    value/now - 1 (None where either has none)."""
-    places = [i for i, kind in enumerate(slopes.inputs.kinds) if kind == "parameter" and slopes.at[i] > 0]
-    lanes = np.tile(slopes.at, (len(places), 1))
-    lanes[np.arange(len(places)), places] *= 0.5
-    found, _ = values_at(slopes.metric, slopes.inputs, slopes.point, lanes)
-    rows = []
-    for place, value in zip(places, found, strict=True):
-        change = value / slopes.value - 1.0 if slopes.moves and finite(value) is not None else None
-        rows.append({"name": slopes.inputs.names[place], "value": finite(value), "change": change})
+def halved(slopes: Slopes, models: ServingModel | None = None) -> list[dict[str, Any]]:
+    """The metric at half of each parameter above 0, largest change first: ``[{"name", "value", "change",
+    "interval"}]``, change = value/now - 1 (None where either has none); ``interval``: that of the change over a batch
+    of ``models``, each halved from where it stands (None without, and for percentiles and roots, which take their
+    time)."""
+    places = np.array(
+        [i for i, kind in enumerate(slopes.inputs.kinds) if kind == "parameter" and slopes.at[i] > 0], int
+    )
+
+    def changes(point: Point) -> tuple[np.ndarray, np.ndarray]:
+        lanes = np.tile(slopes.inputs.values(point), (len(places) + 1, 1))
+        lanes[np.arange(len(places)), places] *= 0.5
+        found, _ = values_at(slopes.metric, slopes.inputs, point, lanes)
+        there = np.isfinite(found) & (np.abs(found) < 1e12)
+        with np.errstate(all="ignore"):
+            return found[:-1], np.where(there[:-1] & there[-1] & (found[-1] > 0), found[:-1] / found[-1] - 1.0, np.nan)
+
+    values, now = changes(slopes.point)
+    drawn = None
+    if models is not None and slopes.metric.family == "means":
+        drawn = np.array([changes(point)[1] for point in each_point(models, slopes)])
+    rows = [
+        {
+            "name": slopes.inputs.names[place],
+            "value": finite(value),
+            "change": finite(change),
+            "interval": None if drawn is None else spread(drawn[:, column]),
+        }
+        for column, (place, value, change) in enumerate(zip(places, values, now, strict=True))
+    ]
     rows.sort(key=lambda row: -abs(row["change"] or 0.0))
     return rows
 
@@ -93,7 +115,7 @@ def explanation(slopes: Slopes, savings: list[dict[str, Any]]) -> list[str]:
     name = slopes.metric.name
     for row in [row for row in savings if row["change"] is not None and abs(row["change"]) >= 5e-3][:SAID]:
         verb = "lowers" if row["change"] < 0 else "raises"
-        said.append(f"halving {row['name']} {verb} {name} by {_percent(abs(row['change']))}")
+        said.append(f"halving {row['name']} {verb} {name} by {_percent(abs(row['change']))}{_between(row)}")
     fields = [i for i, kind in enumerate(slopes.inputs.kinds) if kind != "parameter"]
     sizes = np.nan_to_num(np.abs(slopes.elasticities))[fields]
     if sizes.size and sizes.max() > 0:
@@ -102,6 +124,17 @@ def explanation(slopes: Slopes, savings: list[dict[str, Any]]) -> list[str]:
         more = "more" if slope > 0 else "less"
         said.append(f"1 % more {slopes.inputs.names[place]} gives {abs(slope):.2g} % {more} {name}")
     return said
+
+
+def _between(row: dict[str, Any]) -> str:
+    edges = row.get("interval")
+    if edges is None or edges["low"] is None or edges["high"] is None:
+        return ""
+    ends = (edges["low"], edges["high"])
+    if ends[0] * ends[1] < 0:
+        return f" ({_percent(ends[0])} to {_percent(ends[1])} over the draws)"
+    low, high = sorted(map(abs, ends))
+    return f" ({_percent(low)} to {_percent(high)} over the draws)"
 
 
 def _percent(share: float) -> str:

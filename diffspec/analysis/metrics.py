@@ -136,15 +136,22 @@ def slopes_at(metric: Metric, inputs: Inputs, point: Point, values) -> tuple[flo
     return float(found), np.asarray(slopes), prediction
 
 
-def values_at(metric: Metric, inputs: Inputs, point: Point, lanes) -> tuple[np.ndarray, np.ndarray]:
+def values_at(
+    metric: Metric, inputs: Inputs, point: Point, lanes, progress: Callable[[float], None] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(values, utilizations) of the metric with inputs at each row of ``lanes`` [lanes, inputs], in blocks of one size,
-    so that one compiled program serves all."""
+    so that one compiled program serves all. ``progress`` is told the share of blocks that are done."""
     lanes, block = np.asarray(lanes), BLOCK if metric.family == "means" else SLOW_BLOCK
     filled = np.concatenate([lanes, np.repeat(lanes[:1], -len(lanes) % block, axis=0)])
     asked = (_family(metric), inputs, point, _law(point))
-    found = [_value_program(*asked, rows) for rows in np.split(filled, len(filled) // block)]
-    values = np.concatenate([np.asarray(of_family)[:, metric.index] for of_family, _ in found])
-    return values[: len(lanes)], np.concatenate([np.asarray(used) for _, used in found])[: len(lanes)]
+    blocks = np.split(filled, len(filled) // block)
+    found = []
+    for number, rows in enumerate(blocks, start=1):
+        found.append(jax.tree.map(np.asarray, _value_program(*asked, rows)))
+        if progress is not None:
+            progress(number / len(blocks))
+    values = np.concatenate([of_family[:, metric.index] for of_family, _ in found])
+    return values[: len(lanes)], np.concatenate([used for _, used in found])[: len(lanes)]
 
 
 def _family(metric: Metric) -> Metric:

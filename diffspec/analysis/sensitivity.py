@@ -1,6 +1,6 @@
 """What moves a metric: exact elasticities d log(metric)/d log(input), through the equilibrium's implicit derivative."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ from diffspec.results import InputError, outcome_name
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
 
+Progress = Callable[[float], None]
+"""Told the share that is done, from 0 to 1."""
 SLOW_DRAWS = 16
 """Draws behind the intervals of percentiles and roots, which take their time one by one."""
 
@@ -41,6 +43,16 @@ class Slopes(NamedTuple):
     def moves(self) -> bool:
         """False where the metric has no logarithm, and so no elasticities: 0, unbounded or not there."""
         return finite(self.value) is not None and self.value > 0
+
+    @property
+    def ends(self) -> bool:
+        """True where the server saturates: no steady state."""
+        return outcome_name(self.prediction.result) == "saturated"
+
+    @property
+    def survives(self) -> bool:
+        """True for a metric that a saturated server has, too."""
+        return self.metric.family == "breakeven_rate" or self.metric.name in ("capacity", "utilization")
 
     @property
     def elasticities(self) -> Float[np.ndarray, "inputs"]:
@@ -86,15 +98,33 @@ def not_fitting(subject: Unmeasured) -> dict[str, Any]:
     return ({} if subject.plan.fits else nothing) | subject.told()
 
 
-def slope_intervals(models: ServingModel, slopes: Slopes, names: Sequence[str]) -> dict[str, Any]:
-    """How elasticities vary over a batch of models: ``elasticities[name]`` = low, median, high."""
-    most = None if slopes.metric.family == "means" else SLOW_DRAWS
-    rows = []
-    for model in islice(each(models), most):
-        drawn = slopes.point._replace(serving=enough_states(model, *slopes.point[1:]))
-        rows.append(slopes._replace(point=drawn).moved(slopes.inputs.values(drawn)).elasticities)
-    columns = dict(zip(slopes.inputs.names, np.transpose(rows), strict=True))
-    return {"level": LEVEL, "draws": len(rows), "elasticities": {name: spread(columns[name]) for name in names}}
+def each_point(models: ServingModel, slopes: Slopes) -> Iterator[Point]:
+    """The point of ``slopes`` by each of a batch of models; the first :data:`SLOW_DRAWS` where each takes its time."""
+    for model in islice(each(models), None if slopes.metric.family == "means" else SLOW_DRAWS):
+        yield slopes.point._replace(serving=enough_states(model, *slopes.point[1:]))
+
+
+def slope_intervals(
+    models: ServingModel, slopes: Slopes, names: Sequence[str], progress: Progress | None = None
+) -> dict[str, Any]:
+    """How sensitivities vary over a batch of models: ``elasticities[name]``, ``gradients[name]`` and ``value`` = low,
+    median, high. The value of a draw that saturates is infinite."""
+    drawn, count = [], jax.tree.leaves(models)[0].shape[0]
+    count = count if slopes.metric.family == "means" else min(count, SLOW_DRAWS)
+    for number, point in enumerate(each_point(models, slopes), start=1):
+        drawn.append(slopes._replace(point=point).moved(slopes.inputs.values(point)))
+        if progress is not None:
+            progress(number / count)
+    places = {name: place for place, name in enumerate(slopes.inputs.names)}
+    elasticities, gradients = (np.array([getattr(s, of) for s in drawn]) for of in ("elasticities", "derivative"))
+    values = [np.inf if s.ends and not s.survives else s.value for s in drawn]
+    return {
+        "level": LEVEL,
+        "draws": len(drawn),
+        "value": spread(values),
+        "elasticities": {name: spread(elasticities[:, places[name]]) for name in names},
+        "gradients": {name: spread(gradients[:, places[name]]) for name in names},
+    }
 
 
 def sensitivity(
@@ -112,8 +142,9 @@ def sensitivity(
     the metric. Returns ``{"metric", "value", "outcome", "elasticities": [{"name", "kind", "elasticity", "value",
     "unit", "gradient"}], "warnings"}``, kind ``"parameter"``, ``"workload"`` or ``"configuration"``, the gradient that
     by the input's own value [metric/unit], which an input at 0 has too (its elasticity is 0); at a whole draft length
-    measured curves bend, and the derivative is that from above; ``"intervals"`` over ``draws``, by default of what the
-    fit leaves open (parameters alone; None with ``"intervals_reason"`` for a model without draws);
+    measured curves bend, and the derivative is that from above; ``"intervals"`` (``"elasticities"``, ``"gradients"``,
+    ``"value"``: ``"low"``, ``"median"``, ``"high"``) over ``draws``, by default of what the fit leaves open (parameters
+    alone; None with ``"intervals_reason"`` for a model without draws);
     ``"inside_measured"`` and ``"outside_measured"`` (:mod:`diffspec.fitting.hull`). At saturation the value is None and
     the elasticities are those at 0.999 of capacity, with a warning. An elasticity that does not exist is None, and a
     warning says why: all of a metric that is 0, infinite or not there, and those that are not finite.
@@ -122,7 +153,13 @@ def sensitivity(
     return explained(find_slopes(deployment.serving, workload, config, metric), deployment, draws=draws)
 
 
-def explained(slopes: Slopes, deployment: FittedDeployment, *, draws: ServingModel | None = None) -> dict[str, Any]:
+def explained(
+    slopes: Slopes,
+    deployment: FittedDeployment,
+    *,
+    draws: ServingModel | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """The answer of :func:`sensitivity` from slopes that are known."""
     workload, config, metric = slopes.point.workload, slopes.point.config, slopes.metric.name
     units = slopes.inputs.units(slopes.point)
@@ -152,12 +189,13 @@ def explained(slopes: Slopes, deployment: FittedDeployment, *, draws: ServingMod
         warnings.append(
             f"no elasticity (the derivative is not finite) for {', '.join(missing)}: {metric} has a kink there"
         )
-    value = None if outcome == "saturated" and slopes.metric.family != "breakeven_rate" else finite(slopes.value)
+    value = None if slopes.ends and not slopes.survives else finite(slopes.value)
     if draws is None and deployment.uncertainty is not None:
         draws = deployment.uncertainty.models(slopes.point.serving, DRAWS)
     told = None
     if draws is not None:
-        told = slope_intervals(draws, slopes, [row["name"] for row in rows if row["elasticity"] is not None])
+        known = [row["name"] for row in rows if row["elasticity"] is not None]
+        told = slope_intervals(draws, slopes, known, progress)
     return {
         "metric": metric,
         "value": value,

@@ -26,7 +26,7 @@ from scipy.stats import rankdata
 
 from diffspec.analysis.metrics import values_at
 from diffspec.analysis.plain import finite
-from diffspec.analysis.sensitivity import Slopes
+from diffspec.analysis.sensitivity import Progress, Slopes
 from diffspec.analysis.sobol import sobol_indices
 from diffspec.fitting.deployment import Z_90, FittedDeployment
 from diffspec.fitting.uncertainty import DRAWS, Uncertainty
@@ -105,9 +105,11 @@ class Unknown:
         low, high = self.slopes.inputs.allowed(self.slopes.point)
         return np.clip(rows, low, high)
 
-    def log_metric(self, rows: Float[np.ndarray, "rows inputs"]) -> tuple[np.ndarray, np.ndarray]:
+    def log_metric(
+        self, rows: Float[np.ndarray, "rows inputs"], progress: Progress | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(log metric, saturated) at each row of inputs; nan where the metric has no logarithm."""
-        values, used = values_at(self.slopes.metric, self.slopes.inputs, self.slopes.point, rows)
+        values, used = values_at(self.slopes.metric, self.slopes.inputs, self.slopes.point, rows, progress)
         good = np.isfinite(values) & (values > 0) & (values < 1e12)
         return np.where(good, np.log(np.where(good, values, 1.0)), np.nan), used >= 1.0
 
@@ -173,12 +175,13 @@ def linear_shares(unknown: Unknown) -> dict[str, Any]:
     return {"deviation": deviation, "deviation_of_draws": unknown.deviation_of_draws(), "shares": rows}
 
 
-def global_indices(unknown: Unknown, points: int | None = None) -> dict[str, Any]:
+def global_indices(unknown: Unknown, points: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Sobol' indices of log(metric) (:mod:`diffspec.analysis.sobol`), largest total first, beside the linear shares.
 
     ``{"points", "evaluations", "used", "deviation", "saturated_share", "linear", "indices": [{"name", "first",
     "first_interval", "total", "total_interval"}]}``; ``deviation``: of log metric. Latencies of saturated points are
-    those at 0.999 of capacity. ``points``: a power of two. Errors: :class:`InputError` for another number.
+    those at 0.999 of capacity. ``points``: a power of two; ``progress`` is told the share of evaluations done. Errors:
+    :class:`InputError` for another number.
     """
     if points is None:
         points = POINTS if unknown.slopes.metric.family == "means" else SLOW_POINTS
@@ -187,7 +190,7 @@ def global_indices(unknown: Unknown, points: int | None = None) -> dict[str, Any
     saturated = []
 
     def function(rows):
-        values, beyond = unknown.log_metric(unknown.values(rows))
+        values, beyond = unknown.log_metric(unknown.values(rows), progress)
         saturated.append(beyond[:points].mean())
         return values
 

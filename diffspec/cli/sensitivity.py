@@ -13,7 +13,7 @@ from diffspec.cli.options import (
     WorkloadOptions,
     with_options,
 )
-from diffspec.cli.output import deliver, note
+from diffspec.cli.output import deliver, note, progress_bar
 from diffspec.cli.prepare import prepare_jax
 from diffspec.cli.subject import SubjectOptions
 
@@ -90,18 +90,21 @@ def command(
     deployment, unmeasured = subject.find(asked, draft_length)
     workload, notes = asked.workload(deployment)
     config = asked.configuration(deployment, draft_length)
-    answer = explain(
-        unmeasured or deployment,
-        workload,
-        config,
-        metric,
-        in_words=in_words,
-        interactions=interactions,
-        indices=indices,
-        spans=read_spans(span or []),
-        points=points,
-        scaled=plot_spider is not None,
-    )
+    spans = read_spans(span or [])
+    with progress_bar("sensitivity") as progress:
+        answer = explain(
+            unmeasured or deployment,
+            workload,
+            config,
+            metric,
+            in_words=in_words,
+            interactions=interactions,
+            indices=indices,
+            spans=spans,
+            points=points,
+            scaled=plot_spider is not None,
+            progress=progress,
+        )
     note(notes)
     note(answer["warnings"], "warning")
     files = {}

@@ -20,8 +20,9 @@ def sensitivities(answer: Mapping[str, Any], most: int = 20) -> Iterator[Rendera
         + (() if told is None else (_slopes(told["elasticities"].get(row["name"])),))
         for row in answer["elasticities"][:most]
     ]
-    value = NONE if answer["value"] is None else quantity(answer["value"], UNITS.get(answer["metric"], "s"))
-    title = f"{answer['metric']} = {value} ({answer['outcome']})"
+    unit = UNITS.get(answer["metric"], "s")
+    value = NONE if answer["value"] is None else quantity(answer["value"], unit)
+    title = f"{answer['metric']} = {value}{_between(told, unit)} ({answer['outcome']})"
     if rows:
         columns = ("name", "kind", "now", "elasticity", *(() if told is None else (f"{told['level']:.0%} interval",)))
         yield table(title, columns, rows, left=2)
@@ -63,6 +64,15 @@ def _global(found: Mapping[str, Any] | None, most: int = 10) -> Iterator[Rendera
     ]
     title = f"Sobol' indices over {found['points']} points, one standard deviation {percent(found['deviation'])}"
     yield table(title, ("input", "first order", "90 % interval", "total", "90 % interval"), rows)
+
+
+def _between(told: Mapping[str, Any] | None, unit: str) -> str:
+    """The interval of the metric itself, that of what the fit leaves open; nothing where it has none."""
+    edges = {} if told is None else told["value"]
+    if edges.get("low") is None:
+        return ""
+    high = "unbounded" if edges["high"] is None else quantity(edges["high"], unit)
+    return f", {told['level']:.0%} of draws {quantity(edges['low'], unit)} to {high}" if told else ""
 
 
 def _slope(value: float | None) -> str:
