@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from diffspec.optimizing.size import size
     from diffspec.percentiles import predict_distribution
     from diffspec.prediction import Prediction
+    from diffspec.report.drawing import draw
     from diffspec.resources import MemoryPlan, energy_per_token, memory_plan
     from diffspec.results import RESULTS, DiffspecError, InputError, NoResultError, TraceError
     from diffspec.serving import ServingModel
@@ -131,6 +132,7 @@ __all__ = [
     "conditional_to_marginal",
     "decay_from_tokens_per_step",
     "design",
+    "draw",
     "eagle_head",
     "energy_per_token",
     "evaluate",
@@ -240,6 +242,7 @@ _HOMES = {
     "optimizing.pareto": ("non_dominated",),
     "optimizing.size": ("size",),
     "percentiles": ("predict_distribution",),
+    "report.drawing": ("draw",),
     "resources": (
         "MemoryPlan",
         "energy_per_token",

@@ -1,11 +1,14 @@
-"""What mkdocs does to the pages beside rendering them: two are filled in, and links out of docs/ lead to words.
+"""What mkdocs does to the pages beside rendering them: some are filled in, and links out of docs/ lead to words.
 
 `validation.md` takes the table of experiments/README.md and `reference.md` the public names of diffspec, each in place
 of a comment, so that neither is written a second time. A link to a file outside docs/ works in a checkout and has no
-page on the site: there its path is shown instead. Examples in docstrings become code, units in brackets stay text.
+page on the site: there its path is shown instead. Examples in docstrings become code, units in brackets stay text. A
+notebook becomes a page as it was committed, cells and outputs; nothing is run (docs/notebooks/execute.py does that).
 """
 
+import json
 import re
+from base64 import b64encode
 from pathlib import Path
 from posixpath import dirname, join, normpath
 
@@ -62,6 +65,34 @@ def inside_the_site(text: str, page: str) -> str:
     return LINK.sub(shown, text)
 
 
+def notebooks() -> dict[str, Path]:
+    """Each notebook by the page that it becomes, such as ``notebooks/why-is-it-slow.md``."""
+    found = sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb"))
+    return {f"notebooks/{path.stem}.md": path for path in found}
+
+
+def notebook_page(notebook: dict) -> str:
+    """A notebook as Markdown: prose as it is, code fenced, outputs as text, tables and drawings."""
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(re.sub(r"(\]\([^)]*)\.ipynb\)", r"\1.md)", source))
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            shown = {kind: "".join(text) for kind, text in output.get("data", {}).items()}
+            if "image/svg+xml" in shown:  # its own document, so that ids of two do not clash
+                encoded = b64encode(shown["image/svg+xml"].encode()).decode()
+                parts.append(f'<img alt="the drawing of this cell" src="data:image/svg+xml;base64,{encoded}">')
+            elif "text/html" in shown:
+                parts.append(f"<div>{shown['text/html']}</div>")
+            else:
+                text = "".join(output.get("text", shown.get("text/plain", "")))
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
 def as_markdown(lines: list[str]) -> list[str]:
     """Lines of a docstring with each doctest as a fenced block; `[a] [b]` of prose is no reference."""
     found, fenced, example = [], False, False
@@ -91,6 +122,15 @@ def on_config(config, **_):
 
     config.markdown_extensions.append(Docstrings())
     return config
+
+
+def on_files(files, config, **_):
+    from mkdocs.structure.files import File
+
+    for page, path in notebooks().items():
+        text = notebook_page(json.loads(path.read_text(encoding="utf-8")))
+        files.append(File.generated(config, page, content=text))
+    return files
 
 
 def on_page_markdown(markdown, page, **_):

@@ -1,4 +1,4 @@
-"""`diffspec demo` around its fits, which are faked here: tests/test_readme.py and .ci/run do the whole of it."""
+"""`diffspec demo` around its fits, which are faked here: tests/test_documents.py and .ci/run do the whole of it."""
 
 import dataclasses
 import json

@@ -1,28 +1,23 @@
-"""The pages of docs/: their blocks run, their links lead somewhere, their equations name code, nothing is copied."""
+"""The pages of docs/: their links lead somewhere, their equations name code, nothing is copied.
+
+Their blocks and the notebooks run in test_documents.py.
+"""
 
 import importlib.util
+import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import yaml
-from test_readme import REPOSITORY, run_document
+from documents import REPOSITORY
+from test_documents import pages_of
 
 import diffspec
 
 DOCS = REPOSITORY / "docs"
+NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
 PAGES = sorted(DOCS.rglob("*.md"))
-ELSEWHERE = {"walkthrough.md", "extending.md"}  # test_walkthrough.py, test_drafters.py
-FILES = {  # what a reader has made, by the name that the pages give it
-    "serve.json": "vllm_bench/spec_detailed.json",
-    "sweep": "vllm_sweep/tiny",
-    "sglang.jsonl": "sglang/bench_vllm_details.jsonl",
-    "guidellm.json": "guidellm/guidellm_0.8.1.json",
-    "before.txt": "vllm/metrics_before.txt",
-    "after.txt": "vllm/metrics_after.txt",
-    "completion.json": "vllm/completion.json",
-}
 
 
 def load_hooks():
@@ -36,15 +31,10 @@ def load_hooks():
 hooks = load_hooks()
 
 
-def pages_of(nav) -> list[str]:
-    if isinstance(nav, str):
-        return [nav]
-    return [page for entry in (nav.values() if isinstance(nav, dict) else nav) for page in pages_of(entry)]
-
-
 def broken_links(page: Path) -> list[str]:
     """Links of a page to files that are not there; addresses and anchors within the page are passed over."""
-    targets = [found[1].split("#")[0] for found in hooks.LINK.findall(page.read_text(encoding="utf-8"))]
+    text = page.read_text(encoding="utf-8")
+    targets = [found[1].split("#")[0] for found in hooks.LINK.findall(text)]
     return [target for target in targets if target and ":" not in target and not (page.parent / target).exists()]
 
 
@@ -55,27 +45,12 @@ def resolved(name: str):
     return getattr(value, parts[-1])
 
 
-def test_the_pages_run(tmp_path, monkeypatch):
-    monkeypatch.setenv("DIFFSPEC_CACHE_DIR", "")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    for name in ("vllm_cpu_quiet.csv", "vllm_h200_requests.parquet"):
-        shutil.copy(REPOSITORY / "data" / name, tmp_path / "data" / name)
-    for name, source in FILES.items():
-        source = REPOSITORY / "tests" / "fixtures" / source
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    names = [name for name in pages_of(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"])]
-    texts = [(DOCS / name).read_text(encoding="utf-8") for name in names if name not in ELSEWHERE]
-    commands, programs = run_document("\n".join(texts))
-    assert commands >= 12 and programs == 2
-
-
 def test_every_page_is_in_the_navigation_and_exists():
     nav = pages_of(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
-    assert sorted(nav) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
+    assert sorted(nav) == sorted([*(str(page.relative_to(DOCS)) for page in PAGES), *hooks.notebooks()])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: str(page.relative_to(DOCS)))
 def test_links_lead_somewhere(page):
     assert broken_links(page) == []
 
@@ -84,6 +59,23 @@ def test_a_broken_link_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("[a](page.md) [b](gone.md#x) [c](https://example.org/y) [d](#here)", encoding="utf-8")
     assert broken_links(page) == ["gone.md"]
+
+
+def test_a_notebook_becomes_a_page():
+    output = [
+        {"output_type": "stream", "name": "stdout", "text": ["1.5\n"]},
+        {"output_type": "execute_result", "data": {"text/html": ["<table></table>"]}},
+        {"output_type": "execute_result", "data": {"image/svg+xml": ["<svg/>"]}},
+    ]
+    prose = {"cell_type": "markdown", "source": ["# A\n", "[b](b.ipynb), [c](../c.md)"]}
+    code = {"cell_type": "code", "source": ["print(1.5)"], "outputs": output}
+    page = hooks.notebook_page({"cells": [prose, code]})
+    assert page.startswith(
+        "# A\n[b](b.md), [c](../c.md)\n\n```python\nprint(1.5)\n```\n\n```text\n1.5\n```\n\n<div><table>"
+    )
+    assert page.endswith('src="data:image/svg+xml;base64,PHN2Zy8+">\n')
+    for path in hooks.notebooks().values():
+        assert hooks.notebook_page(json.loads(path.read_text(encoding="utf-8"))).count("```python") >= 5
 
 
 def test_each_equation_names_code_that_exists():
@@ -130,9 +122,14 @@ def test_examples_of_docstrings_become_code():
     ]
 
 
-def test_the_workflow_runs_what_a_merge_needs():
-    jobs = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
-    assert ".ci/run" in [step.get("run") for job in jobs.values() for step in job["steps"]]
+def commands_of(workflow: str) -> list[str]:
+    jobs = yaml.safe_load((REPOSITORY / ".github" / "workflows" / workflow).read_text(encoding="utf-8"))["jobs"]
+    return [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+
+
+def test_the_workflow_is_what_a_merge_needs():
+    assert commands_of("ci.yml") == [".ci/run"]
+    assert commands_of("docs.yml") == ["pip install -e '.[docs]'", "mkdocs build --strict"]
 
 
 def test_the_citation_names_this_version():

@@ -9,13 +9,14 @@ from xml.etree import ElementTree
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from test_cli_main import REPOSITORY, toy_deployment
 
 from diffspec.fitting.deployment import FittedModel
 from diffspec.optimizing.policy_answer import PolicyAnswer
 from diffspec.prediction import STAGES, LoadSplit, Prediction
-from diffspec.report import figures, notebook
-from diffspec.results import RESULTS
+from diffspec.report import drawing, figures, notebook
+from diffspec.results import RESULTS, InputError
 
 
 def cells(text):
@@ -95,6 +96,29 @@ print(len(kept))
 """
     ran = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert ran.stdout.strip() == "4", ran.stderr
+
+
+def test_an_answer_is_drawn_as_its_command_draws_it(tmp_path):
+    row = {"name": "verify_base", "kind": "parameter", "elasticity": 0.7}
+    tornado = drawing.draw({"metric": "e2e_mean", "elasticities": [row]})
+    shown = " ".join(ElementTree.fromstring(tornado._repr_svg_()).itertext())
+    assert "what moves e2e_mean" in shown and "verify_base" in shown
+    entry = {"load": 2.0, "draft_length": 3, "relaxed_draft_length": 2.6, "speedup": 1.2}
+    policy = drawing.draw({"static_draft_length": 3, "loop": "arrival_rate", "table": [entry]})
+    assert "draft length by load" in " ".join(ElementTree.fromstring(policy._repr_svg_()).itertext())
+    tornado.save(tmp_path / "a.svg")
+    tornado.save(tmp_path / "a.png")
+    assert (tmp_path / "a.svg").read_text(encoding="utf-8") == tornado._repr_svg_()
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_has_no_figure_is_refused(tmp_path):
+    with pytest.raises(InputError, match="got keys rows; allowed: answers of sensitivity"):
+        drawing.draw({"rows": 3})
+    with pytest.raises(InputError, match="no row of deployment 'toy'; allowed: the trace that it was fitted to"):
+        drawing.draw(toy_deployment())
+    with pytest.raises(InputError, match="does not exist"):
+        drawing.draw({"metric": "e2e_mean", "elasticities": []}).save(tmp_path / "gone" / "a.svg")
 
 
 def test_a_figure_is_what_its_file_is_called():

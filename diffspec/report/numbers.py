@@ -24,12 +24,14 @@ def significant(value: float | int | None, digits: int = 3) -> str:
 
 
 def milliseconds(value: float | int | None) -> str:
-    """A time in seconds, told in milliseconds.
+    """A time in seconds, told in milliseconds; below a picosecond it is what rounding left of 0.
 
-    >>> milliseconds(1.3166), milliseconds(0.0845), milliseconds(0.00123)
-    ('1317 ms', '84.5 ms', '1.23 ms')
+    >>> milliseconds(1.3166), milliseconds(0.0845), milliseconds(0.00123), milliseconds(3.2e-18)
+    ('1317 ms', '84.5 ms', '1.23 ms', '0 ms')
     """
-    return NONE if value is None or not math.isfinite(value) else f"{significant(1000 * value)} ms"
+    if value is None or not math.isfinite(value):
+        return NONE
+    return f"{significant(1000 * value if abs(value) >= 1e-12 else 0.0)} ms"
 
 
 def percent(value: float | int | None) -> str:
