@@ -24,6 +24,23 @@ class BatchState(eqx.Module):
     draft_passes: Scalar = 0.0
     draft_tokens: Scalar = 0.0
 
+    @classmethod
+    def decoding(cls, sequences, drafted, context, draft_passes) -> "BatchState":
+        """A step in which ``sequences`` [req] decode and no prompt is read: each has ``drafted`` tokens [tok] and the
+        one after them verified, and attends to ``context`` tokens [tok].
+
+        >>> state = BatchState.decoding(8.0, 3.0, 500.0, draft_passes=3.0)
+        >>> state.query_tokens, state.kv_tokens, state.draft_tokens
+        (32.0, 4000.0, 24.0)
+        """
+        return cls(
+            sequences=sequences,
+            query_tokens=sequences * (1.0 + drafted),
+            kv_tokens=sequences * context,
+            draft_passes=draft_passes,
+            draft_tokens=sequences * drafted,
+        )
+
 
 class StepParts(eqx.Module):
     """Where the time of one step goes [s]; the step lasts their sum, :attr:`total`."""

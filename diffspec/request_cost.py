@@ -133,15 +133,7 @@ def request_cost(
     held = prompt + 0.5 * output * (1.0 + workload.output_scv)  # long requests are in service for longer
 
     def step_parts(sequences, context=held):
-        return step_time(
-            BatchState(
-                sequences=sequences,
-                query_tokens=sequences * (1.0 + drafted),
-                kv_tokens=sequences * context,
-                draft_passes=passes,
-                draft_tokens=sequences * drafted,
-            )
-        )
+        return step_time(BatchState.decoding(sequences, drafted, context, passes))
 
     prefilled = prompt * (1.0 - workload.prefix_hit_rate)
     steps = steps_per_request(m1, m2, output, steps_form)

@@ -177,13 +177,7 @@ def _energy(pair: FirstPrinciples, serving: ServingModel, config: Configuration,
     passes = drafted = float(config.draft_length) * float(config.draft_probability)
     if config.acceptance is not None:
         drafted = float(config.acceptance.drafted_tokens(config.draft_length)) * float(config.draft_probability)
-    state = BatchState(
-        sequences=sequences,
-        query_tokens=sequences * (1.0 + drafted),
-        kv_tokens=sequences * pair.context,
-        draft_passes=passes,
-        draft_tokens=sequences * drafted,
-    )
+    state = BatchState.decoding(sequences, drafted, pair.context, passes)
     prompt = BatchState(prefill_tokens=pair.prompt_length, draft_passes=passes)
     step = serving.step_time
     joules, power = energy_per_token(pair, step, state, answer["tokens_per_step"], step(prompt).prefill)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance
 from diffspec.analysis.before_traces import Unmeasured
-from diffspec.analysis.plain import enough_states
+from diffspec.analysis.plain import as_floats, enough_states
 from diffspec.experts import CoverageTable
 from diffspec.first_principles import FirstPrinciples
 from diffspec.fitting.deployment import FittedDeployment
@@ -120,11 +120,11 @@ def place_experts(
         max_batched_tokens=max_batched_tokens,
         drafter_params=drafter_params,
     )
-    config = jax.tree.map(lambda leaf: np.asarray(leaf, dtype=float), config)
+    config = as_floats(config)
     common = {"prompt_length": prompt_length, "output_length": output_length, "output_scv": output_scv}
     common |= {"arrival_scv": 1.0, "prefix_hit_rate": prefix_hit_rate}
     made = [Workload(**common, **{loop: float(load)}) for load in loads]
-    workloads = [jax.tree.map(lambda leaf: np.asarray(leaf, dtype=float), workload) for workload in made]
+    workloads = [as_floats(workload) for workload in made]
     serving = enough_states(jax.tree.map(np.asarray, deployment.serving), workloads[0], config)
     problem = Problem(
         serving=serving,

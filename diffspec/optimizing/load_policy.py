@@ -17,6 +17,7 @@ import numpy as np
 from diffspec.acceptance import AbstractAcceptance
 from diffspec.analysis.before_traces import DOES_NOT_FIT, Unmeasured
 from diffspec.analysis.intervals import NO_INTERVALS, each
+from diffspec.analysis.plain import as_floats
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.uncertainty import DRAWS, LEVEL
@@ -227,7 +228,7 @@ def _schedule_for(
         return batch_tables(model, workload, config, asked.max_draft_length, batches)
 
     report("every draft length at every batch", 0.05)
-    centre = tables_of(jax.tree.map(lambda leaf: np.asarray(leaf, dtype=float), deployment.serving))
+    centre = tables_of(as_floats(deployment.serving))
     models = [] if draws is None else list(each(draws))
     drawn = []
     for place, model in enumerate(models):

@@ -256,13 +256,7 @@ def joules(pair: FirstPrinciples, step: AbstractStepTime, workload: Workload, co
     if config.acceptance is not None:
         tokens = config.acceptance.moments(config.draft_length, config.draft_probability)[0]
         drafted = config.acceptance.drafted_tokens(config.draft_length) * config.draft_probability
-    state = BatchState(
-        sequences=n,
-        query_tokens=n * (1.0 + drafted),
-        kv_tokens=n * pair.context,
-        draft_passes=passes,
-        draft_tokens=n * drafted,
-    )
+    state = BatchState.decoding(n, drafted, pair.context, passes)
     read = jnp.asarray(workload.prompt_length * (1.0 - workload.prefix_hit_rate))
     prefill = step(BatchState(prefill_tokens=read, draft_passes=passes)).prefill
     working, _ = energy_per_token(pair, step, state, tokens, prefill, drafter_scale=config.drafter_scale)

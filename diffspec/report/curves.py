@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance, KnownMoments
-from diffspec.analysis.plain import FAST_COMPILE
+from diffspec.analysis.plain import FAST_COMPILE, as_floats
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.prediction import STAGES, Prediction
@@ -83,8 +83,7 @@ def draw_curves(
         config = Configuration(
             acceptance=known, max_batch_size=config.max_batch_size, kv_capacity_tokens=config.kv_capacity_tokens
         )
-    config = jax.tree.map(lambda leaf: np.asarray(leaf, dtype=float), config)
-    serving = jax.tree.map(lambda leaf: np.asarray(leaf, dtype=float), deployment.serving)
+    config, serving = as_floats(config), as_floats(deployment.serving)
     shape = (np.asarray(prompt_length, dtype=float), np.asarray(output_length, dtype=float))
     predictions = _grid(serving, config, shape, np.asarray(draft_lengths, dtype=float), loads)
     return {loop: _curves(loop, tuple(draft_lengths), values, predictions[loop]) for loop, values in loads.items()}
