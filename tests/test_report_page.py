@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import time
+from urllib.parse import quote
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from diffspec.acceptance import ConstantAcceptance
 from diffspec.analysis.answers import predict_answer
 from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.browser.serving import FIELDS, OUTPUTS, browser_functions, parameter_values
+from diffspec.cli import report as cli_report
 from diffspec.fitting.deployment import FittedModel
 from diffspec.fitting.forms import Scales, build_form
 from diffspec.fitting.uncertainty import Uncertainty
@@ -189,12 +191,39 @@ def test_bad_questions(tmp_path):
         ((model,), "--out is missing"),
         ((model, "--out", tmp_path / "none" / "x.html"), "does not exist"),
         ((model, "--out", model), "would be overwritten"),
-        ((model, "--out", tmp_path / "x.html"), "deployment: none given; allowed: 'a', 'b'"),
+        ((model, "--out", tmp_path / "x.html", "--deployment", "c"), "deployment: got 'c'; allowed: 'a', 'b'"),
         ((model, "--out", tmp_path / "x.html", "--max-draft-length", 0), "--max-draft-length: got 0; allowed: [1, 32]"),
     ):
         ran = run("report", *arguments)
         assert ran.code == 2 and named in ran.err and ran.out == "", ran
     assert files_in(tmp_path) == {"m.json"}
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """A page of two deployments by the command line, and its answer; the second is named to be awkward."""
+    folder = tmp_path_factory.mktemp("several")
+    steps = dataclasses.replace(toy_deployment().serving.step_time, verify_base=0.06)
+    slow = toy_deployment("b </script> & 50 %")
+    slow = dataclasses.replace(slow, serving=dataclasses.replace(slow.serving, step_time=steps))
+    model = toy_model(folder / "model.json", toy_deployment("a"), slow)
+    ran = run("report", model, "--out", folder / "report.html", "--json")
+    assert ran.code == 0, ran.err
+    return folder / "report.html", json.loads(ran.out), model
+
+
+def test_a_page_of_several_deployments(several):
+    path, answer, model = several
+    text = path.read_text(encoding="utf-8")
+    assert [part["deployment"] for part in answer["deployments"]] == ["a", "b </script> & 50 %"]
+    assert answer["page"] == {"path": str(path), "bytes": len(text.encode())}
+    assert text.count("</script>") == 4  # two models, what they share, the chooser
+    assert text.count("<template>") == 2 and len(text) < 600_000
+    (said,) = cli_report._show(answer)
+    assert said.startswith(f"2 deployments: a page of {len(text.encode()) / 1000:.0f} kB, no measured rows in it")
+    one = run("report", model, TRACE, "--deployment", "a", "--json")
+    assert one.code == 0 and json.loads(one.out)["deployment"] == "a"
+    assert "no row of the trace is of deployment 'a'" in one.err
 
 
 @pytest.mark.parametrize(("value", "wanted"), [(1.0, 1.0), (1.01, 2.0), (3.2, 5.0), (70.0, 100.0), (0.0021, 0.005)])
@@ -480,6 +509,32 @@ def test_the_barest_page_works_too(browser, bare):
     ask(browser, concurrency=3, draft_length=0, own=False)
     assert browser.get_log("browser") == []
     assert "no row without speculation" in browser.find_element("id", "hull").text
+
+
+def test_the_chooser_changes_the_model(browser, several):
+    from selenium.webdriver.support.ui import Select
+
+    path = several[0]
+    browser.get(path.as_uri())
+    settled(browser)
+    seen = {}
+    for name in ("a", "b </script> & 50 %", "a"):
+        Select(browser.find_element("id", "deployment")).select_by_value(name)
+        deadline = time.monotonic() + 20
+        while browser.execute_script("return document.querySelector('h1')?.textContent") != name:
+            assert time.monotonic() < deadline, browser.get_log("browser")
+            time.sleep(0.05)
+        settled(browser)
+        assert name in browser.title and len(browser.find_elements("css selector", "main")) == 1
+        seen[name] = curve(browser, "plain")
+        assert browser.execute_script("return DATA.deployment") == name
+    assert browser.get_log("browser") == []
+    fast, slow = seen.values()
+    assert slow[0][1] > 1.5 * fast[0][1]
+    browser.get("about:blank")
+    browser.get(path.as_uri() + "#deployment=" + quote("b </script> & 50 %"))
+    settled(browser)
+    assert browser.find_element("css selector", "h1").text == "b </script> & 50 %"
 
 
 def test_a_prediction_takes_under_30_ms_and_nothing_went_wrong(opened, page):

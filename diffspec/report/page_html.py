@@ -1,7 +1,8 @@
 """One self-contained HTML page of a fitted deployment: text and tables from here, curves by its own script.
 
 The script holds the model itself, translated from the JAX one (:mod:`diffspec.browser.serving`); the page loads nothing
-from anywhere, and says so to the browser.
+from anywhere, and says so to the browser. A page of several deployments holds each as a template and as a script that
+waits: the one that is chosen is put in place and run when the page loads.
 """
 
 import json
@@ -60,13 +61,61 @@ ZONES = (
 
 def page_html(data: dict[str, Any], deployment: FittedDeployment) -> str:
     """The page of :func:`diffspec.report.page_data.page_data`'s data."""
+    script = "\n".join(['"use strict";', _own_script(data, deployment), *map(_asset, SCRIPTS)])
+    title = f"{data['deployment']}: latency of speculative decoding"
+    return _document(title, f"{_body(data)}\n<script>\n{script}\n</script>")
+
+
+def pages_html(pages: Sequence[tuple[dict[str, Any], FittedDeployment]]) -> str:
+    """One page of several deployments, with a chooser; ``#deployment=NAME`` in its address opens it at one of them."""
+    names = [data["deployment"] for data, _ in pages]
+    options = "".join(f'<option value="{escape(name)}">{escape(name)}</option>' for name in names)
+    parts = [
+        f"<template>\n{_body(data)}\n</template>\n"
+        f'<script type="text/plain" class="own">\n{_own_script(data, deployment)}\n</script>'
+        for data, deployment in pages
+    ]
+    shared = "\n".join(map(_asset, SCRIPTS))
+    return _document(
+        f"{len(names)} deployments: latency of speculative decoding",
+        f"""<nav class="chooser" aria-label="Deployments"><label for="deployment">Deployment</label>
+<select id="deployment">{options}</select></nav>
+<noscript><p>This page computes what it shows: it needs JavaScript.</p></noscript>
+{"".join(parts)}
+<script type="text/plain" id="shared">
+{shared}
+</script>
+<script>
+{_asset("chooser.js")}</script>""",
+    )
+
+
+def _asset(name: str) -> str:
+    return files("diffspec.report").joinpath("page").joinpath(name).read_text(encoding="utf-8")
+
+
+def _own_script(data: dict[str, Any], deployment: FittedDeployment) -> str:
+    """The data of a deployment and its model as functions."""
     cap = data["sliders"].get("max_batch_size")
     functions = browser_functions(deployment, None if cap is None else cap["max"])
-    folder = files("diffspec.report").joinpath("page")
-    texts = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in (*SCRIPTS, "page.css")}
     shown = json.dumps(json.loads(json_text(data)), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    script = "\n".join(['"use strict";', f"const DATA={shown};", functions, *(texts[name] for name in SCRIPTS)])
-    title = f"{data['deployment']}: latency of speculative decoding"
+    return f"const DATA={shown};\n{functions}"
+
+
+def _body(data: dict[str, Any]) -> str:
+    return f"""<a class="skip" href="#controls">Skip to the controls</a>
+{_header(data)}
+<main>
+{_ask(data)}
+{_where_time_goes()}
+{_policy(data)}
+{_quality(data)}
+{_knowledge(data)}
+</main>
+{_footer(data)}"""
+
+
+def _document(title: str, body: str) -> str:
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -76,22 +125,10 @@ def page_html(data: dict[str, Any], deployment: FittedDeployment) -> str:
 <title>{escape(title)}</title>
 <link rel="icon" href="data:,">
 <style>
-{texts["page.css"]}</style>
+{_asset("page.css")}</style>
 </head>
 <body data-busy="true">
-<a class="skip" href="#controls">Skip to the controls</a>
-{_header(data)}
-<main>
-{_ask(data)}
-{_where_time_goes()}
-{_policy(data)}
-{_quality(data)}
-{_knowledge(data)}
-</main>
-{_footer(data)}
-<script>
-{script}
-</script>
+{body}
 </body>
 </html>
 """
