@@ -18,13 +18,14 @@ function erf(x) {
   return 2 / Math.sqrt(Math.PI) * Math.exp(-x * x) * sum;
 }
 
-// erfc(x) = exp(-x^2)/sqrt(pi)/(x + (1/2)/(x + 1/(x + (3/2)/(x + ...)))), the continued fraction of Laplace
+// erfc(x) = exp(-x^2)/sqrt(pi)/(x + (1/2)/(x + 1/(x + (3/2)/(x + ...)))), the continued fraction of Laplace; what n terms
+// leave out falls as exp(-c*x*sqrt(n)), so 1/x^2 as many do
 function erfc(x) {
   if (Number.isNaN(x)) return x;
   if (x < 1) return x < -2 ? 2 - erfc(-x) : 1 - erf(x);
   if (x > 27.3) return 0;
   let fraction = x;
-  for (let n = 160; n > 0; n--) fraction = x + n / 2 / fraction;
+  for (let n = Math.ceil(10 + 160 / (x * x)); n > 0; n--) fraction = x + n / 2 / fraction;
   return Math.exp(-x * x) / Math.sqrt(Math.PI) / fraction;
 }
 
