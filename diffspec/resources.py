@@ -115,6 +115,7 @@ def energy_per_token(
     prefill_time,
     *,
     drafter_scale: Scalar = 1.0,
+    prefill_tokens: Scalar | None = None,
 ):
     """(joules per output token [J], power of a decode step [W]) of all the pair's devices while they work.
 
@@ -123,8 +124,9 @@ def energy_per_token(
 
     activity = time that the step would take at the data sheet's peaks (the longer of memory and compute, and drafting),
     over the time that it takes: a device that waits for launches draws idle power. Idle time between steps, and a
-    device of the drafter's own, are not counted. ``drafter_scale`` [1]: what ``step`` has its drafter scaled by. A
-    stated model, not a measurement: expect errors of tens of percent.
+    device of the drafter's own, are not counted. ``drafter_scale`` [1]: what ``step`` has its drafter scaled by;
+    ``prefill_tokens`` [tok]: of a prompt that are read in ``prefill_time`` [s], by default all. A stated model, not a
+    measurement: expect errors of tens of percent.
     """
     ideal = scaled(pair.step_time(IDEAL), drafter=drafter_scale)
     memory = ideal.weight_read + ideal.kv_read * state.kv_tokens
@@ -136,7 +138,8 @@ def energy_per_token(
     time = step(state).total
     low, span = pair.hardware.idle_power, pair.hardware.power_limit - pair.hardware.idle_power
     power = low + span * jnp.minimum(busy / time, 1.0)
-    prompt = BatchState(prefill_tokens=pair.prompt_length, draft_passes=state.draft_passes)
+    read = pair.prompt_length if prefill_tokens is None else prefill_tokens
+    prompt = BatchState(prefill_tokens=read, draft_passes=state.draft_passes)
     prefill_power = low + span * jnp.minimum(ideal(prompt).prefill / prefill_time, 1.0)
     decode = power * time / (state.sequences * tokens_per_step)
     joules = pair.tensor_parallel * (decode + prefill_power * prefill_time / pair.output_length)

@@ -23,7 +23,7 @@ from diffspec.parameters import parameter_infos
 from diffspec.resources import BATCHED_TOKENS, MEMORY_SHARE, RESERVE_BYTES, MemoryPlan, energy_per_token, memory_plan
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
-from diffspec.step_time import BatchState
+from diffspec.step_time import BatchState, scaled
 from diffspec.workload import Workload
 
 DRAWS = 128
@@ -109,7 +109,7 @@ def predict_unmeasured(
         nothing = {"outcome": DOES_NOT_FIT, "intervals": None, "energy_per_token": None}
         return _nothing(answer) | nothing | subject.told()
     return answer | {
-        "energy_per_token": _energy(subject.pair, subject.deployment.serving, config, answer),
+        "energy_per_token": _energy(subject.pair, subject.deployment.serving, workload, config, answer),
         **subject.told(),
     }
 
@@ -171,16 +171,20 @@ def _nothing(answer: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _energy(pair: FirstPrinciples, serving: ServingModel, config: Configuration, answer) -> dict[str, Any]:
+def _energy(
+    pair: FirstPrinciples, serving: ServingModel, workload: Workload, config: Configuration, answer
+) -> dict[str, Any]:
     """Energy of an output token and power of a step at the predicted batch (at least one sequence)."""
     sequences = max(answer["effective_batch_size"] or 1.0, 1.0)
     passes = drafted = float(config.draft_length) * float(config.draft_probability)
     if config.acceptance is not None:
         drafted = float(config.acceptance.drafted_tokens(config.draft_length)) * float(config.draft_probability)
     state = BatchState.decoding(sequences, drafted, pair.context, passes)
-    prompt = BatchState(prefill_tokens=pair.prompt_length, draft_passes=passes)
-    step = serving.step_time
-    joules, power = energy_per_token(pair, step, state, answer["tokens_per_step"], step(prompt).prefill)  # type: ignore[arg-type]
+    read = float(workload.prompt_length * (1.0 - workload.prefix_hit_rate))
+    step = scaled(serving.step_time, drafter=config.drafter_scale)
+    prefill = step(BatchState(prefill_tokens=read, draft_passes=passes)).prefill
+    told = {"drafter_scale": config.drafter_scale, "prefill_tokens": read}
+    joules, power = energy_per_token(pair, step, state, answer["tokens_per_step"], prefill, **told)  # type: ignore[arg-type]
     return {"joules": finite(joules), "power": finite(power), "sequences": sequences}
 
 

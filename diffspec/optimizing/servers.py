@@ -259,7 +259,8 @@ def joules(pair: FirstPrinciples, step: AbstractStepTime, workload: Workload, co
     state = BatchState.decoding(n, drafted, pair.context, passes)
     read = jnp.asarray(workload.prompt_length * (1.0 - workload.prefix_hit_rate))
     prefill = step(BatchState(prefill_tokens=read, draft_passes=passes)).prefill
-    working, _ = energy_per_token(pair, step, state, tokens, prefill, drafter_scale=config.drafter_scale)
+    told = {"drafter_scale": config.drafter_scale, "prefill_tokens": read}
+    working, _ = energy_per_token(pair, step, state, tokens, prefill, **told)
     output = workload.output_length
     busy = jnp.minimum(rate * (output / (n * tokens) * step(state).total + prefill), 1.0)
     return working + pair.tensor_parallel * pair.hardware.idle_power * (1.0 - busy) / (rate * output)
