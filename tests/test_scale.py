@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import experiment
 from pandas.testing import assert_frame_equal
 from test_cli_main import run as run_command
 
@@ -414,3 +415,35 @@ def test_a_running_cluster_is_used_and_its_loss_is_told(log, whole, tmp_path, mo
             dask_runner_module.dask_runner(cluster.scheduler_address) as run,
         ):
             points("memory://cluster/logs", run=run, report=lambda what, share: "windows" in what and cluster.close())
+
+
+# --- docs/at-scale.md --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_paper():
+    return experiment("09_speed", "on_paper")
+
+
+def test_the_page_says_what_the_script_computes(on_paper):
+    text = on_paper.PAGE.read_text(encoding="utf-8")
+    assert text == on_paper.page(text, on_paper.measured())
+    assert text.count(on_paper.START) == text.count(on_paper.END) == 1
+
+
+def test_costs_by_hand(on_paper):
+    reports = {
+        "log_scale": {
+            "dask": {"rows_per_cpu_s": 1e6, "peak_memory_gb": 2.0},
+            "partition": {"rows": 1_000_000, "extents_bytes": 1000, "windows_bytes": 99_000},
+            "bytes_per_row": 25.0,
+            "task_overhead_s": 0.01,
+        },
+        "command_times": {"machine": "x86_64, 4 cores", "seconds": {"fit, 27 rows": {"warm": 6.0}}},
+    }
+    found = on_paper.costs(reports, requests=8.64e11, deployments=86_400)
+    assert found["log_cores"] == pytest.approx(10) and found["log_memory"] == pytest.approx(10e9)
+    assert found["stored"] == pytest.approx(21.6e12) and found["read"] == pytest.approx(43.2e12)
+    assert found["sent"] == pytest.approx(864_000 * 100_000)
+    assert found["tasks"] == pytest.approx(1_728_000) and found["scheduler_s"] == pytest.approx(17_280)
+    assert found["fit_cores"] == pytest.approx(24)

@@ -27,6 +27,14 @@ PATIENCE = 60.0
 CONNECT = 10.0
 """How long [s] a scheduler may take to answer."""
 _POLL = 1.0
+_KEEP_MEMORY = {
+    **{f"{name}_NUM_THREADS": 1 for name in ("OMP", "MKL", "OPENBLAS")},
+    "MALLOC_TRIM_THRESHOLD_": 256 << 20,
+    "MALLOC_MMAP_THRESHOLD_": 32 << 20,
+    "MALLOC_ARENA_MAX": 1,
+}
+"""Workers of this machine keep memory that is freed for the next batch. By default Dask has them give it back at once:
+half of their time then goes into getting it again."""
 
 
 @contextmanager
@@ -44,16 +52,18 @@ def dask_runner(scheduler: str | None = None, workers: int | None = None) -> Ite
         raise InputError(f"{lacking}; pip install 'diffspec[scale]'") from None
     cluster = None
     if scheduler is None:
+        import dask.config
+
         quiet: dict[str, Any] = {"dashboard_address": ":0", "silence_logs": logging.CRITICAL}
-        cluster = LocalCluster(n_workers=workers or os.cpu_count() or 1, threads_per_worker=1, **quiet)
+        with dask.config.set({"distributed.nanny.pre-spawn-environ": _KEEP_MEMORY}):
+            cluster = LocalCluster(n_workers=workers or os.cpu_count() or 1, threads_per_worker=1, **quiet)
     try:
         try:
             client = Client(cluster if cluster is not None else scheduler, timeout=CONNECT, set_as_default=False)
         except (OSError, TimeoutError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200] or "no answer"
             raise InputError(
                 f"--scheduler: got {scheduler!r}; allowed: the address of a running Dask scheduler, such as "
-                f"tcp://10.0.0.1:8786 ({reason})"
+                f"tcp://10.0.0.1:8786 ({_short(error)})"
             ) from None
         try:
             yield _Dask(client, "on this machine" if scheduler is None else f"at {scheduler}")
@@ -74,28 +84,35 @@ class _Dask:
     def __call__(self, function: Callable[..., Any], items: Sequence[Any], *shared: Any) -> Iterator[tuple[int, Any]]:
         from concurrent.futures import CancelledError
 
-        from distributed import KilledWorker
-
         done = 0
         try:
             for answer in self._results(function, items, shared):
                 yield answer
                 done += 1
-        except KilledWorker as error:
-            raise NoResultError(
-                f"workers died each time they read the same partition ({' '.join(str(error).split())[:200]}); do they "
-                "have memory enough? About 1 GB a worker is"
-            ) from None
-        except ModuleNotFoundError as error:
-            raise InputError(
-                f"a worker of the Dask cluster {self.place} lacks {error.name}; pip install 'diffspec[scale]' there"
-            ) from None
+        except _TaskError as failed:
+            raise self._told(failed.error) from None
         except (CancelledError, OSError, TimeoutError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise NoResultError(
-                f"the Dask cluster {self.place} is gone ({reason}): {done} of {len(items)} partitions were read; "
-                "nothing was written, start it again"
+                f"the Dask cluster {self.place} is gone ({_short(error)}): {done} of {len(items)} partitions were "
+                "read; nothing was written, start it again"
             ) from None
+
+    def _told(self, error: BaseException) -> BaseException:
+        """What a task ended with, as an error for users where it is theirs to mend."""
+        from distributed import KilledWorker
+
+        if isinstance(error, KilledWorker):
+            return NoResultError(
+                f"workers died each time they read the same partition ({_short(error)}); do they have memory enough? "
+                "About 1 GB a worker is"
+            )
+        if isinstance(error, ModuleNotFoundError):
+            return InputError(
+                f"a worker of the Dask cluster {self.place} lacks {error.name}; pip install 'diffspec[scale]' there"
+            )
+        if isinstance(error, OSError):
+            return InputError(f"a worker of the Dask cluster {self.place} cannot read: {_short(error)}")
+        return error
 
     def _results(
         self, function: Callable[..., Any], items: Sequence[Any], shared: Sequence[Any]
@@ -111,6 +128,8 @@ class _Dask:
                 task = self.client.submit(_applied, function, _Sealed(item), *given, pure=False, retries=RETRIES)
                 running[task] = place
             for task in self._finished(list(running)):
+                if task.status == "error":
+                    raise _TaskError(task.exception())
                 yield running.pop(task), task.result()
 
     def _finished(self, tasks: list[Any]) -> list[Any]:
@@ -132,6 +151,17 @@ class _Dask:
                     alone_since = time.monotonic()
                 elif time.monotonic() - alone_since > PATIENCE:
                     raise OSError(f"no worker for {PATIENCE:g} s") from None
+
+
+class _TaskError(Exception):
+    """`error`, which a task ended with, told apart from what goes wrong here."""
+
+    def __init__(self, error: BaseException):
+        self.error = error
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @dataclass(frozen=True)
