@@ -372,6 +372,27 @@ def test_a_scheduler_that_does_not_answer(monkeypatch, tmp_path):
     assert ran.code == 2 and "--scheduler: got 'tcp://127.0.0.1:9'" in ran.err and "Traceback" not in ran.err
 
 
+def fails(error: Exception) -> None:
+    raise error
+
+
+def dies(item: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@CLUSTERS
+def test_a_partition_that_kills_its_workers_ends_in_one_line():
+    import dask
+
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        dask_runner_module.dask_runner(workers=1) as run,
+        pytest.raises(NoResultError, match="workers died each time they read the same partition"),
+    ):
+        list(run(dies, [1]))
+
+
 @pytest.mark.slow  # two processes that start: 6 s
 @CLUSTERS
 def test_a_worker_killed_while_it_reads_loses_nothing(log, whole, tmp_path):
@@ -410,6 +431,15 @@ def test_a_running_cluster_is_used_and_its_loss_is_told(log, whole, tmp_path, mo
         assert answer["engine"] == "dask" and answer["partitions"] >= 4 and answer["rows"] == len(whole)
         assert len(answer["files"]) == 4
         same(read_trace(out).frame.assign(source_row=whole["source_row"]), whole)
+        with dask_runner_module.dask_runner(cluster.scheduler_address) as run:
+            assert sorted(run(pow, [3, 2], 2)) == [(0, 9), (1, 4)]
+            for error, told in (
+                (ModuleNotFoundError("no ddsketch", name="ddsketch"), (InputError, "lacks ddsketch; pip install")),
+                (PermissionError("no entry"), (InputError, "a worker of .* cannot read: no entry")),
+                (ZeroDivisionError("ours"), (ZeroDivisionError, "ours")),
+            ):
+                with pytest.raises(told[0], match=told[1]):
+                    list(run(fails, [error]))
         with (
             pytest.raises(NoResultError, match=r"the Dask cluster at tcp://.* is gone .* of \d+ partitions were read"),
             dask_runner_module.dask_runner(cluster.scheduler_address) as run,
