@@ -59,7 +59,7 @@ def computed(reports: dict[str, Any]) -> str:
     log = [
         ("measured", f"{dask['rows']:.0e} rows, {dask['seconds']:.0f} s, {dask['peak_memory_gb']:.2f} GB", "log_scale"),
         (
-            "load of the machine meanwhile, other work",
+            "load average at its end, other work included",
             f"{scale['load_average_between'][0]:.1f} on 2 cores",
             "log_scale",
         ),
