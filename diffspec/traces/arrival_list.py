@@ -79,7 +79,7 @@ def _of_requests(source: Source, run: str | None) -> ArrivalList:
     parts: dict[tuple, list[dict[str, np.ndarray]]] = {}
     for key, found in reader.batches():
         parts.setdefault(key, []).append(found)
-    names = {key: _name(dict(zip(reader.keys, key, strict=True))) for key in parts}
+    names = {key: _name(dict(key)) for key in parts}
     chosen = [key for key, name in names.items() if run is None or name == run]
     if len(chosen) != 1:
         listed = sorted(set(names.values()))

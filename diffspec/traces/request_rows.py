@@ -1,7 +1,9 @@
 """Rows of a request table, streamed in batches and checked: what cannot have happened is set aside and counted."""
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from ..results import TraceError
 from .json_text import parse_json
 from .parquet_size import check_parquet
 from .problems import Problem
-from .schema import COLUMNS
+from .schema import COLUMNS, NUMBER_NAMES
 from .source import Source
 
 TIMES = ("arrival_time", "schedule_time", "first_token_time", "completion_time")
@@ -25,12 +27,45 @@ BATCH_ROWS = 1 << 18
 LATEST = 1e12
 """No time in seconds is later."""
 _MOST_NESTED = 1000
+_DECIMAL = re.compile(r"\d{1,15}(\.\d{1,15})?")
+
+Identity = tuple[tuple[str, Any], ...]
+"""What tells a run from others: the columns of `KEYS` that it has a value in, with the values."""
+
+
+@dataclass
+class SetAside:
+    """Of `rows` read, those unusable: what is wrong with them -> how many, and the first one's row."""
+
+    rows: int = 0
+    bad: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def merge(self, other: "SetAside") -> None:
+        """Add those of another part of the same table."""
+        self.rows += other.rows
+        for what, (count, row) in other.bad.items():
+            known, first = self.bad.get(what, (0, row))
+            self.bad[what] = (known + count, min(first, row))
+
+    def warnings(self, file: str) -> list[str]:
+        """One line each. Raises `TraceError` beyond 1 % of the rows."""
+        if sum(count for count, _ in self.bad.values()) > BAD_SHARE * self.rows:
+            what, (count, row) = max(self.bad.items(), key=lambda item: item[1][0])
+            allowed = f"up to {BAD_SHARE:.0%} of the rows"
+            raise Problem(f"unusable requests: {what}", file, row, None, f"{count} of {self.rows}", allowed).error()
+        return [
+            f"{count} of {self.rows} requests set aside: {what} (first: row {row})"
+            for what, (count, row) in self.bad.items()
+        ]
 
 
 class RequestRows:
-    """Batches of a request table as float arrays by run (rows alike in the columns `keys`), with what was set aside."""
+    """Batches of a request table as float arrays by run (rows alike in the columns `keys`), with what was set aside.
 
-    def __init__(self, source: Source):
+    `groups`, the row groups to read of a Parquet file (None: all), whose first row is `first_row` (from 0); `checked`:
+    an earlier reader of the same file found nothing in it that could exhaust the memory."""
+
+    def __init__(self, source: Source, groups: Sequence[int] | None = None, first_row: int = 0, checked: bool = False):
         import pyarrow as pa
         import pyarrow.csv
         import pyarrow.dataset
@@ -50,12 +85,18 @@ class RequestRows:
             if source.head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
                 advice = "write one object a line (JSON lines), or CSV or Parquet: they are streamed"
                 raise Problem("the requests are one JSON list", source.file, advice=advice).error()
-            _check_nesting(source)
+            if not checked:
+                _check_nesting(source)
         elif kind == "parquet":
-            kind = _parquet_format(source)
+            kind = _parquet_format(source, checked)
         with _AsTraceError(source):
-            self.dataset = pyarrow.dataset.dataset(str(source.path), format=kind)
+            self.dataset = pyarrow.dataset.dataset(str(source.path), format=kind, filesystem=source.arrow_filesystem)
             names = self.dataset.schema.names
+            if groups is not None:
+                part = next(iter(self.dataset.get_fragments())).subset(row_group_ids=list(groups))
+                self.dataset = pyarrow.dataset.FileSystemDataset(
+                    [part], self.dataset.schema, kind, filesystem=source.arrow_filesystem
+                )
         missing = [name for name in NEEDED if name not in names]
         if missing:
             raise Problem(
@@ -63,18 +104,17 @@ class RequestRows:
             ).error()
         self.keys = tuple(name for name in KEYS if name in names)
         self.columns = [name for name in (*TIMES, *TOKENS, "ok", "measured") if name in names]
-        self.bad: dict[str, tuple[int, int]] = {}
-        self.rows = 0
+        self.first_row, self.aside = first_row, SetAside()
 
-    def batches(self) -> Iterator[tuple[tuple, dict[str, np.ndarray]]]:
-        """(values of the key columns, requests) for every run in every batch; unusable rows are left out, counted."""
-        self.bad, self.rows = {}, 0
+    def batches(self) -> Iterator[tuple[Identity, dict[str, np.ndarray]]]:
+        """(identity, requests) for every run in every batch; unusable rows are left out, counted."""
+        self.aside = SetAside()
         with _AsTraceError(self.source):
             for batch in self.dataset.to_batches(columns=[*self.keys, *self.columns], batch_size=BATCH_ROWS):
                 if batch.num_rows:
                     yield from self._split(batch)
 
-    def _split(self, batch) -> Iterator[tuple[tuple, dict[str, np.ndarray]]]:
+    def _split(self, batch) -> Iterator[tuple[Identity, dict[str, np.ndarray]]]:
         import pyarrow as pa
 
         size = batch.num_rows
@@ -82,7 +122,7 @@ class RequestRows:
         requests["ok"] = self._flags(batch, "ok", 1.0)
         requests["measured"] = self._flags(batch, "measured", 0.0)
         good = self._good(requests)
-        self.rows += size
+        self.aside.rows += size
         code, values = np.zeros(size, np.int64), [()]
         for name in self.keys:
             encoded = batch.column(name)
@@ -91,11 +131,13 @@ class RequestRows:
             entries = [*encoded.dictionary.to_pylist(), None]
             code = code * len(entries) + encoded.indices.fill_null(len(entries) - 1).to_numpy(zero_copy_only=False)
             code, used = _renumber(code)
-            values = [(*values[old // len(entries)], _plain(entries[old % len(entries)])) for old in used]
+            values = [(*values[old // len(entries)], _plain(name, entries[old % len(entries)])) for old in used]
         for index, key in enumerate(values):
             mine = good & (code == index) if len(values) > 1 else good
             if mine.any():
-                yield key, {name: array[mine] for name, array in requests.items()}
+                given = zip(self.keys, key, strict=True)
+                identity = tuple((name, value) for name, value in given if value is not None)
+                yield identity, {name: array[mine] for name, array in requests.items()}
 
     def _numbers(self, batch, name: str) -> np.ndarray:
         import pyarrow as pa
@@ -148,26 +190,16 @@ class RequestRows:
         for what, wrong in checks.items():
             wrong = wrong & good
             if wrong.any():
-                count, place = self.bad.get(what, (0, self.rows + int(np.argmax(wrong)) + 1))
-                self.bad[what] = (count + int(wrong.sum()), place)
+                row = self.first_row + self.aside.rows + int(np.argmax(wrong)) + 1
+                self.aside.merge(SetAside(0, {what: (int(wrong.sum()), row)}))
                 good &= ~wrong
         return good
 
     def warnings(self) -> list[str]:
         """What the last reading set aside, one line each. Raises `TraceError` beyond 1 % of the rows."""
-        lines = [
-            f"{count} of {self.rows} requests set aside: {what} (first: row {row})"
-            for what, (count, row) in self.bad.items()
-        ]
-        if self.rows == 0:
+        if self.aside.rows == 0:
             raise Problem("the table has no rows", self.source.file, allowed="at least one row").error()
-        if sum(count for count, _ in self.bad.values()) > BAD_SHARE * self.rows:
-            what, (count, row) = max(self.bad.items(), key=lambda item: item[1][0])
-            allowed = f"up to {BAD_SHARE:.0%} of the rows"
-            raise Problem(
-                f"unusable requests: {what}", self.source.file, row, None, f"{count} of {self.rows}", allowed
-            ).error()
-        return lines
+        return self.aside.warnings(self.source.file)
 
 
 def _renumber(code: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -175,21 +207,27 @@ def _renumber(code: np.ndarray) -> tuple[np.ndarray, list[int]]:
     return code, [int(entry) for entry in used]
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
+    """A value of a key column: what is empty is None, and a number written as text, as in CSV, is a number."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    return str(value).strip() or None if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    return float(text) if name in NUMBER_NAMES and _DECIMAL.fullmatch(text) else text or None
 
 
-def _parquet_format(source: Source) -> Any:
+def _parquet_format(source: Source, checked: bool) -> Any:
     """Parquet whose texts stay in dictionaries: a small file may repeat a long text very often."""
     import pyarrow as pa
     import pyarrow.dataset
     import pyarrow.parquet
 
     with _AsTraceError(source):
-        schema, metadata = pyarrow.parquet.read_schema(source.path), pyarrow.parquet.read_metadata(source.path)
-        check_parquet(metadata, source.file, source.path.stat().st_size, {*TIMES, *TOKENS, *KEYS, "ok", "measured"})
+        schema = pyarrow.parquet.read_schema(source.path, filesystem=source.arrow_filesystem)
+        if not checked:
+            metadata = pyarrow.parquet.read_metadata(source.path, filesystem=source.arrow_filesystem)
+            check_parquet(metadata, source.file, source.size, {*TIMES, *TOKENS, *KEYS, "ok", "measured"})
         texts = {
             field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
         }
@@ -198,7 +236,7 @@ def _parquet_format(source: Source) -> Any:
 
 def _check_nesting(source: Source) -> None:
     """Raise `TraceError` for JSON lines nested so deeply that the table library would overrun its stack."""
-    with source.path.open("rb") as lines:
+    with source.open() as lines:
         for row, line in enumerate(lines, start=1):
             if line.count(b"[") + line.count(b"{") > _MOST_NESTED:
                 try:

@@ -22,28 +22,60 @@ MOST_BYTES = 1 << 30
 
 class Source:
     """One file. `path`, and `file`, the name used in messages. Raises `TraceError` when it is missing, a folder, empty,
-    unreadable, or (read whole) larger than 1 GiB."""
+    unreadable, or (read whole) larger than 1 GiB. `filesystem`: where the file is, as `fsspec` gives it, if not here;
+    `path` is then the path there."""
 
-    def __init__(self, path: str | Path):
-        self.path, self.file = Path(path), file_name(path)
+    def __init__(self, path: str | Path, filesystem: Any = None, file: str | None = None):
+        self.path: Any = Path(path) if filesystem is None else str(path)
+        self.filesystem, self.file = filesystem, file_name(path) if file is None else file
 
     @cached_property
     def head(self) -> bytes:
         """The first 64 KiB."""
-        return read_bytes(self.path, HEAD)
+        return self._bytes(HEAD)
+
+    @property
+    def arrow_filesystem(self) -> Any:
+        """Where the file is, for pyarrow; None for here."""
+        if self.filesystem is None:
+            return None
+        import pyarrow.fs
+
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(self.filesystem))
+
+    @cached_property
+    def size(self) -> int:
+        """Its length [B]."""
+        return self.path.stat().st_size if self.filesystem is None else int(self.filesystem.size(self.path))
+
+    def open(self) -> Any:
+        """The file, opened to be read as bytes."""
+        return self.path.open("rb") if self.filesystem is None else self.filesystem.open(self.path, "rb")
+
+    def _bytes(self, at_most: int = -1) -> bytes:
+        if self.filesystem is None:
+            return read_bytes(self.path, at_most)
+        try:
+            with self.open() as opened:
+                data = opened.read(at_most)
+        except Exception as error:  # each storage raises its own
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise Problem(f"cannot be read: {reason}", file=self.file).error() from None
+        if not data.strip():
+            raise Problem("the file is empty", file=self.file, allowed="a header line and at least one row").error()
+        return data
 
     @cached_property
     def data(self) -> bytes:
         """The whole file."""
         if len(self.head) < HEAD:
             return self.head
-        size = self.path.stat().st_size
-        if size > MOST_BYTES:
+        if self.size > MOST_BYTES:
             advice = "write the requests as Parquet or CSV, which are streamed, or split the file"
             raise Problem(
-                "the file is too large", self.file, None, None, f"{size} bytes", "up to 1 GiB", advice
+                "the file is too large", self.file, None, None, f"{self.size} bytes", "up to 1 GiB", advice
             ).error()
-        return read_bytes(self.path)
+        return self._bytes()
 
     @cached_property
     def text(self) -> str:
@@ -85,7 +117,7 @@ class Source:
     def columns(self) -> tuple[str, ...]:
         """Names of the columns: of a Parquet schema or a CSV header (comma, tab or semicolon); () for anything else."""
         if self.kind == "parquet":
-            return parquet_columns(self.path, self.file)
+            return parquet_columns(self.path, self.file, self.arrow_filesystem)
         if self.kind == "json":
             return ()
         line = self.head.decode("utf-8-sig", "replace").lstrip("\r\n \t").split("\n", 1)[0].rstrip("\r")
@@ -96,12 +128,12 @@ class Source:
             return ()
 
 
-def parquet_columns(path: str | Path, file: str) -> tuple[str, ...]:
+def parquet_columns(path: str | Path, file: str, filesystem: Any = None) -> tuple[str, ...]:
     """Names in the schema of a Parquet file, without reading its rows."""
     import pyarrow.parquet
 
     try:
-        return tuple(str(name).strip() for name in pyarrow.parquet.read_schema(path).names)
+        return tuple(str(name).strip() for name in pyarrow.parquet.read_schema(path, filesystem=filesystem).names)
     except Exception as error:  # pyarrow raises many kinds, some of them OSError
         raise Problem(
             f"the Parquet file cannot be read: {str(error)[:200]}", file, advice="the file may be cut off"

@@ -3,11 +3,16 @@
 Over a window [s, e) the means are those of the requests that arrive in it; the throughput counts completions in it; the
 mean number in the system is the integral of requests in flight over it, not a product of the other two, so that
 Little's law remains a check. Batches of any size are added one after another: memory is bounded by the number of
-windows and `SAMPLE` latencies a window (beyond that, percentiles come from a uniform sample; means stay exact).
+windows and the latencies kept for percentiles, `SAMPLE` a window (beyond that a uniform sample; means stay exact).
+
+Parts of a table can be summarised apart, in any order: what each added is taken out (`Windows.packed`), sent, and put
+together (`Windows.merge`). Counts and sums add up; gaps between arrivals need those of the others only where parts
+overlap in time (`Gaps`); percentiles need latencies kept in a form that can be merged (`sketch.LatencySketch`).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +21,7 @@ from .schema import PERCENTILES
 
 SAMPLE = 200_000
 _METRICS = ("ttft", "tpot", "itl", "e2e")
+_SHARES = [int(name[1:]) / 100 for name in PERCENTILES]
 _SUMMED = (
     *("prompt", "prompt_squared", "output", "output_squared", "drafted", "accepted", "wait", "waits", "failed"),
     *(f"{metric}_sum" for metric in _METRICS),
@@ -23,24 +29,45 @@ _SUMMED = (
 )
 
 
-class Windows:
-    """Accumulator of disjoint windows ``[(start, end), ...]`` [s], in order of time."""
+@dataclass
+class Packed:
+    """What was added to some `Windows`: the places and values of what is not zero, the latencies and gaps by window."""
 
-    def __init__(self, windows: Sequence[tuple[float, float]]):
+    totals: tuple[np.ndarray, np.ndarray]
+    flight: tuple[np.ndarray, np.ndarray]
+    samples: dict[tuple[int, str], Any]
+    gaps: dict[int, "Gaps"]
+
+
+class Windows:
+    """Accumulator of disjoint windows ``[(start, end), ...]`` [s], in order of time. `keep(window, metric)` makes what
+    keeps the latencies [s] of one metric (its number) in one window for percentiles: `add(values)`,
+    `percentiles(shares)`, and `merge(other)` where parts are put together."""
+
+    def __init__(self, windows: Sequence[tuple[float, float]], keep: Callable[[int, int], Any] | None = None):
         self.windows = list(windows)
         size = len(self.windows)
         self.edges = np.array([edge for window in self.windows for edge in window], float)
-        self.arrived = np.zeros(size)
-        self.completed = np.zeros(size)
-        self.early = np.zeros(size)
-        self.sums = {name: np.zeros(size) for name in _SUMMED}
+        self.totals = np.zeros((3 + len(_SUMMED), size))
+        self.arrived, self.completed, self.early = self.totals[:3]
+        self.sums = dict(zip(_SUMMED, self.totals[3:], strict=True))
         # In flight at time t: sum over arrivals before t of (t - a) less that over completions before t of (t - c).
-        self.begun, self.begun_at = np.zeros(2 * size + 1), np.zeros(2 * size + 1)
-        self.ended, self.ended_at = np.zeros(2 * size + 1), np.zeros(2 * size + 1)
-        self.samples: list[dict[str, _Sample]] = [
-            {metric: _Sample(index, number) for number, metric in enumerate(_METRICS)} for index in range(size)
-        ]
-        self.gaps = [_Gaps() for _ in range(size)]
+        self.flight = np.zeros((4, 2 * size + 1))
+        self.begun, self.begun_at, self.ended, self.ended_at = self.flight
+        self.keep = keep or _Sample
+        self.samples: dict[tuple[int, str], Any] = {}
+        self.gaps: dict[int, Gaps] = {}
+
+    def packed(self) -> Packed:
+        """What was added, small: windows that nothing fell into are left out."""
+        return Packed(_not_zero(self.totals), _not_zero(self.flight), self.samples, self.gaps)
+
+    def merge(self, packed: Packed) -> None:
+        """Add what was added to the same windows elsewhere."""
+        for table, (places, values) in ((self.totals, packed.totals), (self.flight, packed.flight)):
+            table[:, places] += values
+        _merge(self.samples, packed.samples)
+        _merge(self.gaps, packed.gaps)
 
     def add(self, requests: dict[str, np.ndarray]) -> None:
         """Add a batch: equally long float arrays `arrival_time`, `first_token_time`, `completion_time` [s, one clock],
@@ -52,10 +79,10 @@ class Windows:
         counted = place >= 0
         size = len(self.windows)
         self.sums["failed"] += np.bincount(place[counted & ~ok], minlength=size)
-        for name, value in (("begun", arrival[ok]), ("ended", completion[ok])):
+        for (count, at), value in ((self.flight[:2], arrival[ok]), (self.flight[2:], completion[ok])):
             slot = np.searchsorted(self.edges, value, side="right")
-            getattr(self, name)[:] += np.bincount(slot, minlength=2 * size + 1)
-            getattr(self, f"{name}_at")[:] += np.bincount(slot, weights=value, minlength=2 * size + 1)
+            count += np.bincount(slot, minlength=2 * size + 1)
+            at += np.bincount(slot, weights=value, minlength=2 * size + 1)
         finished = self._place(completion[ok])
         self.completed += np.bincount(finished[finished >= 0], minlength=size)
         kept = counted & ok
@@ -70,9 +97,20 @@ class Windows:
         arrivals = arrival[kept][by_window]
         for index in np.flatnonzero(np.diff(bounds)):
             part = slice(bounds[index], bounds[index + 1])
-            self.gaps[index].add(arrivals[part])
-            for metric, (values, _) in latencies.items():
-                self.samples[index][metric].add(values[part])
+            self.gaps.setdefault(int(index), Gaps()).add(arrivals[part])
+            for number, metric in enumerate(_METRICS):
+                values = latencies[metric][0][part]
+                if metric == "itl" or not np.isfinite(values).any():  # a request's mean gap is no sample of gaps
+                    continue
+                if (int(index), metric) not in self.samples:
+                    self.samples[int(index), metric] = self.keep(int(index), number)
+                self.samples[int(index), metric].add(values)
+
+    def arrivals(self, requests: dict[str, np.ndarray], wanted: Sequence[int]) -> dict[int, np.ndarray]:
+        """When the completed requests of a batch arrived in each of the windows `wanted` that any arrived in."""
+        arrival = requests["arrival_time"][requests["ok"] > 0]
+        place = self._place(arrival)
+        return {index: arrival[place == index] for index in set(wanted) & set(np.unique(place).tolist())}
 
     def _place(self, times: np.ndarray) -> np.ndarray:
         """Index of the window that holds each time, -1 for none."""
@@ -129,9 +167,9 @@ class Windows:
             if sums[f"{metric}_weight"] == 0:
                 continue
             row[f"{metric}_mean"] = float(sums[f"{metric}_sum"] / sums[f"{metric}_weight"])
-            if metric != "itl":  # a request's mean gap is no sample of gaps
-                values = self.samples[index][metric].values()
-                row |= {f"{metric}_{p}": float(np.percentile(values, int(p[1:]))) for p in PERCENTILES}
+            if metric != "itl":
+                found = self.samples[index, metric].percentiles(_SHARES)
+                row |= {f"{metric}_{p}": float(value) for p, value in zip(PERCENTILES, found, strict=True)}
         return {name: value for name, value in row.items() if not math.isnan(value)}
 
     def steady(self, index: int) -> bool:
@@ -143,7 +181,8 @@ class Windows:
     def offered(self, index: int) -> tuple[float, float]:
         """Measured arrivals per second in a window, failed ones too, and the scv of their gaps (NaN below 3)."""
         start, end = self.windows[index]
-        return float((self.arrived[index] + self.sums["failed"][index]) / (end - start)), self.gaps[index].scv()
+        scv = self.gaps[index].scv() if index in self.gaps else math.nan
+        return float((self.arrived[index] + self.sums["failed"][index]) / (end - start)), scv
 
 
 def _latencies(requests: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -183,26 +222,56 @@ class _Sample:
             keys, values = keys[least], values[least]
         self.parts, self.held = [(keys, values)], len(keys)
 
-    def values(self) -> np.ndarray:
+    def percentiles(self, shares: Sequence[float]) -> np.ndarray:
         self._thin()
-        return self.parts[0][1].astype(float)
+        return np.quantile(self.parts[0][1].astype(float), shares)
 
 
-class _Gaps:
-    """Squared coefficient of variation of the gaps between arrivals that come in order of time (NaN otherwise)."""
+class Gaps:
+    """Gaps between arrivals [s], as stretches of time: (first arrival, last, arrivals, sum of squared gaps).
 
-    def __init__(self):
-        self.count, self.total, self.squares, self.last, self.ordered = 0, 0.0, 0.0, math.nan, True
+    Arrivals of a stretch may come in any order. Stretches that follow each other in time are joined exactly; where
+    they overlap, the gaps are not known until the arrivals are put in one order (`add` all of them to new `Gaps`)."""
+
+    def __init__(self) -> None:
+        self.stretches: list[tuple[float, float, int, float]] = []
 
     def add(self, arrivals: np.ndarray) -> None:
-        gaps = np.diff(arrivals) if math.isnan(self.last) else np.diff(arrivals, prepend=self.last)
-        self.ordered &= bool((gaps >= 0).all())
-        self.count += len(gaps)
-        self.total, self.squares = self.total + float(gaps.sum()), self.squares + float((gaps**2).sum())
-        self.last = float(arrivals[-1])
+        """A stretch, from its arrivals (at least one)."""
+        arrivals = np.sort(arrivals, kind="stable")
+        squares = float((np.diff(arrivals) ** 2).sum())
+        self.stretches.append((float(arrivals[0]), float(arrivals[-1]), len(arrivals), squares))
+
+    def merge(self, other: "Gaps") -> None:
+        self.stretches += other.stretches
+
+    def overlap(self) -> bool:
+        """Whether stretches overlap in time."""
+        self.stretches.sort()
+        return any(one[1] > two[0] for one, two in zip(self.stretches, self.stretches[1:], strict=False))
 
     def scv(self) -> float:
-        if self.count < 3 or not self.ordered or self.total == 0:
+        """Squared coefficient of variation of the gaps, ``n * sum(g^2) / sum(g)^2 - 1``; NaN below 3 gaps, and where
+        stretches overlap."""
+        if not self.stretches or self.overlap():
             return math.nan
-        mean = self.total / self.count
-        return max(self.squares / self.count / mean**2 - 1.0, 0.0)
+        count = sum(stretch[2] for stretch in self.stretches) - 1
+        total = self.stretches[-1][1] - self.stretches[0][0]
+        if count < 3 or total == 0:
+            return math.nan
+        between = sum((two[0] - one[1]) ** 2 for one, two in zip(self.stretches, self.stretches[1:], strict=False))
+        squares = between + sum(stretch[3] for stretch in self.stretches)
+        return max(count * squares / total**2 - 1.0, 0.0)
+
+
+def _merge(mine: dict[Any, Any], theirs: dict[Any, Any]) -> None:
+    for place, found in theirs.items():
+        if place in mine:
+            mine[place].merge(found)
+        else:
+            mine[place] = found
+
+
+def _not_zero(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    places = np.flatnonzero(table.any(axis=0))
+    return places, table[:, places]
