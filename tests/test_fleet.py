@@ -15,10 +15,11 @@ import pandas as pd
 import pytest
 from test_cli_main import run, toy_deployment
 
+from diffspec.cli.fleet import fit_folder
 from diffspec.cli.prepare import prepare_jax
 from diffspec.fitting.deployment import FittedModel
 from diffspec.fitting.fit import fit
-from diffspec.fitting.fleet import fit_fleet
+from diffspec.fitting.fleet import FittedTrace, fit_fleet
 from diffspec.optimizing.fleet import optimize_fleet
 from diffspec.optimizing.optimize import optimize
 from diffspec.results import InputError, NoResultError
@@ -64,7 +65,33 @@ def test_a_fleet_has_the_models_of_single_fits_and_goes_on(table, tmp_path):
     record.write_text(record.read_text() + '{"name": "cut sho')  # a crash while it was written
     again = json.loads(run("fit", "--fleet", str(table), "--out", str(out), *OPTIONS, "--json")[1])
     assert [entry["resumed"] for entry in again["traces"]] == [False, True, False]
+    record.write_bytes(record.read_bytes() + b'123\n{"outcome": "fitted"}\n\xff')
+    third = json.loads(run("fit", "--fleet", str(table), "--out", str(out), *OPTIONS, "--json")[1])
+    assert [entry["resumed"] for entry in third["traces"]] == [True, True, False]
     assert FittedModel.from_json(Path(entries["north"]["model"]).read_text()).deployment().quality["rows"] == 8
+
+
+def test_a_trace_keeps_its_file(table, tmp_path, monkeypatch):
+    """A trace that joins later, whose name is the same but for signs, takes no other's file; a trace that is spoilt
+    loses its model."""
+    model, source, out = FittedModel({"toy": toy_deployment()}, "0" * 64, {}), tmp_path / "traces", tmp_path / "models"
+    source.mkdir()
+
+    def fits(traces, **asked):
+        for name, read in traces.items():
+            spoilt = read.args[0][0].read_text() == "spoilt"
+            yield FittedTrace(name, None if spoilt else model, "spoilt" if spoilt else None, 1.0)
+
+    monkeypatch.setattr("diffspec.fitting.fleet.fit_fleet", fits)
+    (source / "x-y.csv").write_text("one")
+    fit_folder(source, out, 1, {}, {})
+    (source / "x y.csv").write_text("two")
+    told = {entry["name"]: entry for entry in fit_folder(source, out, 1, {}, {})["traces"]}
+    assert told["x-y.csv"]["resumed"] and told["x-y.csv"]["model"] != told["x y.csv"]["model"]
+    assert Path(told["x-y.csv"]["model"]).name == "x-y.json"
+    (source / "x-y.csv").write_text("spoilt")
+    told = fit_folder(source, out, 1, {}, {})
+    assert told["failed"] == 1 and not (out / "x-y.json").exists() and (out / "x-y-2.json").exists()
 
 
 def test_what_means_nothing_is_refused(table, tmp_path):
@@ -77,6 +104,7 @@ def test_what_means_nothing_is_refused(table, tmp_path):
         ([str(table), "--out", out, "--processes", "2"], "--processes goes with --fleet"),
         (["--fleet", str(table), "--out", out, "--processes", "0"], "processes: got 0"),
         (["--fleet", str(table), "--out", str(table)], "cannot be made a folder"),
+        (["--fleet", str(empty), "--out", str(empty / "models")], "allowed: a folder elsewhere"),
     ):
         code, told, err = run("fit", *command)
         assert code == 2 and not told and sentence in err, command
@@ -124,6 +152,8 @@ def test_a_fleet_is_optimised_as_each_alone(tmp_path):
     kept = json.loads((tmp_path.parent / "told.json").read_text())
     assert [one["table"] for one in kept["deployments"]] == [told[name]["table"] for name in ("capped", "plain")]
     assert run(*command, "--risk", "0.9").code == 2 and run(*command[:4]).code == 2
+    assert "--hardware" in run(*command, "--hardware", "h200").err
+    assert "overwritten" in run(*command, "--out", tmp_path / "plain.json").err
 
 
 @pytest.mark.slow

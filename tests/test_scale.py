@@ -469,11 +469,11 @@ def test_costs_by_hand(on_paper):
             "bytes_per_row": 25.0,
             "task_overhead_s": 0.01,
         },
-        "command_times": {"machine": "x86_64, 4 cores", "seconds": {"fit, 27 rows": {"warm": 6.0}}},
+        "fleet": {"fits": [{}, {"median_fit": 6.0, "first_fits": [20.0, 30.0], "processes": 2}]},
     }
     found = on_paper.costs(reports, requests=8.64e11, deployments=86_400)
     assert found["log_cores"] == pytest.approx(10) and found["log_memory"] == pytest.approx(10e9)
     assert found["stored"] == pytest.approx(21.6e12) and found["read"] == pytest.approx(43.2e12)
     assert found["sent"] == pytest.approx(864_000 * 100_000)
     assert found["tasks"] == pytest.approx(1_728_000) and found["scheduler_s"] == pytest.approx(17_280)
-    assert found["fit_cores"] == pytest.approx(24)
+    assert found["fit_cores"] == pytest.approx(6) and found["fit_first_s"] == 30.0

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,26 +31,31 @@ def fit_folder(source: Path, out: Path, processes: int, asked: Mapping[str, Any]
     from diffspec.report.files import json_text, write_files
     from diffspec.results import InputError
 
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"{out}: lies in {source}, whose files are traces; allowed: a folder elsewhere")
+    question = hashlib.sha256(json.dumps([asked, reading], sort_keys=True, default=str).encode()).hexdigest()
+    found = {name: (read, sha256 + question) for name, read, sha256 in _traces(source, reading)}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be made a folder: {error.strerror or error}") from None
-    question = hashlib.sha256(json.dumps([asked, reading], sort_keys=True, default=str).encode()).hexdigest()
-    found = {name: (read, sha256 + question) for name, read, sha256 in _traces(source, reading)}
-    known = {line["name"]: line for line in _record(out / RECORD) if line.get("outcome") == "fitted"}
+    known = {line["name"]: line for line in _record(out / RECORD) if line["outcome"] == "fitted"}
     told = {}
     for name, (_, fingerprint) in found.items():
         before = known.get(name)
         if before is not None and before["fingerprint"] == fingerprint and Path(before["model"]).is_file():
             told[name] = before | {"resumed": True}
     left = {name: read for name, (read, _) in found.items() if name not in told}
-    names = _file_names(found)
+    names = _file_names(found, {name: Path(line["model"]).name for name, line in known.items()})
+    _end_line(out / RECORD)
     with progress_bar("fleet") as progress, (out / RECORD).open("a", encoding="utf-8") as record:
         fits = fit_fleet(left, processes=processes, prepare=prepare_jax, **asked) if left else ()
         for done in fits:
             target = out / names[done.name]
             line: dict[str, Any] = {"name": done.name, "fingerprint": found[done.name][1], "seconds": done.seconds}
             line |= {"outcome": "failed" if done.model is None else "fitted", "error": done.error, "model": None}
+            if done.model is None:
+                target.unlink(missing_ok=True)  # a model of what the trace was before
             if done.model is not None:
                 write_files({target: done.model.to_json()})
                 fitted = done.model.deployments.values()
@@ -75,8 +80,9 @@ def fit_folder(source: Path, out: Path, processes: int, asked: Mapping[str, Any]
 
 def optimize_folder(
     folder: Path, asked: "WorkloadOptions", given: Mapping[str, Any], question: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The best draft length of every model in a folder at each load; ``given``: options that this cannot take.
+) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """The best draft length of every model in a folder at each load, and the models' files; ``given``: options that
+    this cannot take.
 
     Errors: :class:`InputError` for a folder without models, or such an option.
     """
@@ -87,7 +93,7 @@ def optimize_folder(
     refused = [option for option, value in given.items() if value is not None]
     if refused:
         raise InputError(f"{folder}: a folder of models; got {', '.join(refused)}; allowed: with one model alone")
-    deployments, broken = {}, []
+    deployments, broken, read = {}, [], []
     for path in sorted(folder.glob("*.json")):
         try:
             model = read_model(path)
@@ -96,6 +102,7 @@ def optimize_folder(
             continue
         for name, deployment in model.deployments.items():
             deployments[path.stem if len(model.deployments) == 1 else f"{path.stem}: {name}"] = deployment
+        read.append(path)
     if not deployments:
         raise InputError(f"{folder}: no model in it; allowed: a folder that 'diffspec fit --fleet' wrote {broken[:1]}")
     if asked.prompt_length is None or asked.output_length is None:
@@ -109,7 +116,7 @@ def optimize_folder(
         answer = optimize_fleet(deployments, loads=loads, loop=loop, **shape, **question, progress=progress)
     some = any(entry["feasible"] for one in answer["deployments"] for entry in one["table"])
     broken += [f"{one['deployment']}: {one['error']}" for one in answer["deployments"] if one["error"]]
-    return {"outcome": "successful" if some else "infeasible"} | answer | {"warnings": broken}
+    return {"outcome": "successful" if some else "infeasible"} | answer | {"warnings": broken}, tuple(read)
 
 
 def tables(answer: Mapping[str, Any]) -> Iterator[Any]:
@@ -151,21 +158,35 @@ def _digest(path: Path) -> str:
 
 
 def _record(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a record; one that a crash cut short is left out."""
+    """The lines of a record; what a crash cut short, or what is none of ours, is left out."""
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            yield json.loads(line)
+            line = json.loads(text)
         except ValueError:
             continue
+        texts = ["name", "fingerprint", "outcome"]
+        if isinstance(line, dict):
+            texts += ["model"] if line.get("outcome") == "fitted" else []
+            if all(isinstance(line.get(key), str) for key in texts):
+                yield line
 
 
-def _file_names(names: Mapping[str, Any]) -> dict[str, str]:
-    """A file name for the model of each trace, different for all."""
-    taken: dict[str, str] = {}
-    used = {RECORD}
+def _end_line(path: Path) -> None:
+    """End a line that a crash cut short, so that the next one stands alone."""
+    if path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+        with path.open("ab") as record:
+            record.write(b"\n")
+
+
+def _file_names(names: Iterable[str], known: Mapping[str, str]) -> dict[str, str]:
+    """A file name for the model of each trace, different for all; those that are ``known`` keep theirs."""
+    taken = dict(known)
+    used = {RECORD, *known.values()}
     for name in names:
+        if name in taken:
+            continue
         stem = re.sub(r"[^\w.-]+", "-", re.sub(r"\.(csv|parquet|json|jsonl)$", "", name)).strip("-.") or "trace"
         file, number = f"{stem}.json", 1
         while file in used:

@@ -1,5 +1,6 @@
 """`diffspec optimize`: the draft length for each load."""
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -61,7 +62,8 @@ def command(
 
     Before any trace, or on other hardware: --verifier and --hardware as predict takes them. With --classes, --drafters,
     --batch-caps or --replicas the drafter, the draft length of each class or the tree, the batch cap and how many
-    replicas share the load are decided together at each load.
+    replicas share the load are decided together at each load; limits and objectives are then means, utilization, cost
+    and capacity.
     Of a folder of models (fit --fleet) the best draft length of each is found at once.
     With --experts it also places a mixture's experts on --expert-ranks, together with the draft length.
     """
@@ -71,12 +73,15 @@ def command(
     prepare_jax()
     if subject.model is not None and subject.model.is_dir():
         given = {"--risk": risk, "--cost-per-hour": cost_per_hour, "--capture-sizes": capture_sizes, "--plot": plot}
-        given |= {"--experts": placing.experts, "--classes, --drafters, ...": joint.asked or None}
+        given |= {"--classes, --drafters, ...": joint.asked or None, "--deployment": asked.deployment}
         given |= {"--max-batch-size": asked.max_batch_size, "--drafter-params": asked.drafter_params}
+        for options in (subject, placing):
+            values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+            given |= {f"--{name.replace('_', '-')}": value or None for name, value in values.items() if name != "model"}
         question = {"max_draft_length": max_draft_length, "slo": slo or [], "objective": objective}
-        answer = fleet.optimize_folder(subject.model, asked, given, question)
+        answer, inputs = fleet.optimize_folder(subject.model, asked, given, question)
         note(answer["warnings"], "warning")
-        deliver(answer, fleet.tables, as_json=as_json, out=out)
+        deliver(answer, fleet.tables, as_json=as_json, out=out, inputs=inputs)
         if answer["outcome"] != "successful":
             raise typer.Exit(1)
         return

@@ -7,7 +7,7 @@ and stops nothing; a process that dies ends the run with an error, and what was 
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -61,28 +61,30 @@ def fit_fleet(
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(traces)), context, initializer=prepare) as pool:
-        left, running = iter(traces.items()), {}
-        while True:
-            for name, read in left:
-                running[pool.submit(_fit_one, name, read, asked)] = name
-                if len(running) >= WAITING * processes:
-                    break
-            if not running:
-                return
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                yield _result(done, running)
+        left: list[str] = list(traces)[::-1]
+        running: dict[Future, str] = {}
+        while left or running:
+            try:
+                while left and len(running) < WAITING * processes:
+                    running[pool.submit(_fit_one, left[-1], traces[left[-1]], asked)] = left[-1]
+                    left.pop()
+            except BrokenProcessPool:  # what was finished before comes first
+                if not running:
+                    raise _died(left[-1:]) from None
+            finished = wait(running, return_when=FIRST_COMPLETED).done
+            for done in sorted(finished, key=lambda future: future.exception() is not None):
+                if isinstance(done.exception(), BrokenProcessPool):
+                    raise _died(running.values()) from None
                 running.pop(done)
+                yield done.result()
 
 
-def _result(done: Future, running: Mapping[Future, str]) -> FittedTrace:
-    try:
-        return done.result()
-    except BrokenProcessPool:
-        names = ", ".join(running.values())
-        raise NoResultError(
-            f"fleet: a process died (killed, or out of memory) while it fitted one of {names}; what was finished is "
-            "kept: the same command goes on from there"
-        ) from None
+def _died(names: Iterable[str]) -> NoResultError:
+    names = ", ".join(names)
+    return NoResultError(
+        f"fleet: a process died (killed, or out of memory) while it fitted one of {names}; what was finished is kept: "
+        "the same command goes on from there"
+    )
 
 
 def _fit_one(name: str, read: Callable[[], Trace], asked: Mapping[str, Any]) -> FittedTrace:

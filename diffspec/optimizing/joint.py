@@ -38,6 +38,7 @@ from diffspec.optimizing.joint_draws import (
     draw_shortlist,
     interval_of,
     intervals_told,
+    roomiest,
     shortlist,
 )
 from diffspec.optimizing.joint_problem import (
@@ -83,6 +84,11 @@ class Question(NamedTuple):
     replicas: Sequence[int]
     exhaustive: bool
     risk: float | None
+
+    @property
+    def sharing(self) -> list[int]:
+        """How many replicas share each load of :attr:`each`."""
+        return [*self.replicas] * len(self.loads)
 
     @property
     def each(self) -> list[float]:
@@ -164,7 +170,7 @@ def optimize_jointly(
     solved = []
     for number, arm in enumerate(arms):
         report(f"{arm.name}: relaxed", 0.6 * number / len(arms))
-        solved.append(relaxed(arm, shapes, goal, limits, asked.each, ranges))
+        solved.append(relaxed(arm, shapes, goal, limits, asked.each, ranges, replicas=asked.sharing))
     between = _between(asked, arms, drafters)
     (own,) = arms_of(deployment, (), classes, ranges, acceptance or ANY, {}, **given)
     own = own if deployment.plain_measured else None
@@ -229,7 +235,7 @@ def _between(asked: Question, arms, drafters) -> list[dict[str, Any]] | None:
     arm = next(arm for arm in arms if arm.name == family[0].name)
     drafted = arm.drafted._replace(by_size=(np.asarray(by_size[0]), np.asarray(by_size[1])))
     arm, ends, loads, count = arm._replace(drafted=drafted), (sizes[0], sizes[-1]), asked.each, len(asked.classes)
-    solution = relaxed(arm, asked.shapes, asked.goal, asked.limits, loads, asked.ranges, ends)
+    solution = relaxed(arm, asked.shapes, asked.goal, asked.limits, loads, asked.ranges, ends, asked.sharing)
     told = []
     for i in range(len(loads)):
         lane = solution.best(slice(i * len(STARTS), (i + 1) * len(STARTS)))
@@ -239,7 +245,7 @@ def _between(asked: Question, arms, drafters) -> list[dict[str, Any]] | None:
                 "drafter_params": math.exp(real.size),  # type: ignore[arg-type]
                 "acceptance_rate": 1.0 / (1.0 + math.exp(-by_size[0] - by_size[1] * real.size)),  # type: ignore[operator]
                 "draft_lengths": {one.name: float(k) for one, k in zip(asked.classes, real.lengths, strict=True)},
-                "objective": finite(value_of(asked.goal, float(solution.value[lane]))),
+                "objective": finite(value_of(asked.goal, float(solution.value[lane]), asked.sharing[i])),
                 "violation": float(solution.violation[lane]),
             }
         )
@@ -250,7 +256,7 @@ def _decide(asked: Question, i: int, arms: list[Arm], own: Arm | None, solved, s
     """(entry of the table, its interval) at one load."""
     count, evaluated, load = len(asked.classes), 0, asked.loads[i]
     question = (asked.shapes, asked.goal, asked.limits)
-    attempts, common, best, others = [], [], [], []
+    attempts, common, best, others, roomy = [], [], [], [], []
     for place, replicas in enumerate(asked.replicas):
         for number, (arm, solution) in enumerate(zip(arms, solved, strict=True)):
             real = as_reals(arm, asked.ranges, solution.x[asked.lane(solution, i, place)], count)
@@ -265,12 +271,14 @@ def _decide(asked: Question, i: int, arms: list[Arm], own: Arm | None, solved, s
                 evaluated += len(found.points)
             best.append(Contender(number, first(found)))
             others += contenders(number, found) if sure else []
+            roomy += roomiest(number, found) + contenders(number, alike) if asked.risk is not None else []
     attempt, alike, winner = (min(each, key=lambda one: one.key) for each in (attempts, common, best))
     plain = None if own is None else [_plain(asked, own, load, replicas) for replicas in asked.replicas]
     interval: dict[str, Any] = {}
     at_risk = None
     if sure:
-        listed = shortlist([*best, alike, *([] if plain is None else plain)], others)
+        told = [] if plain is None or own is None or own.models is None else plain
+        listed = shortlist([*best, alike, *told, *roomy], others)
         drawn = draw_shortlist([*arms, *([] if own is None else [own])], listed, *question, load)
         names = [one.same for one in listed]
         chosen, candidates = names.index(winner.same), [n for n, one in enumerate(listed) if one.arm >= 0]
@@ -279,16 +287,16 @@ def _decide(asked: Question, i: int, arms: list[Arm], own: Arm | None, solved, s
             chosen = min(candidates, key=lambda n: (at_risk[n], listed[n].key))
             winner = listed[chosen]
         placed = asked.replicas.index(int(winner.point.replicas[0]))
-        base = None if plain is None else names.index(plain[placed].same)
+        base = names.index(told[placed].same) if told else None
         interval = interval_of(drawn, candidates, chosen, base, asked.goal)
-    entry = _entry(asked, load, arms[winner.arm], winner.point, plain)
+    kept = None if at_risk is None else bool(np.isfinite(at_risk[chosen]))
+    entry = _entry(asked, load, arms[winner.arm], winner.point, plain, kept)
     entry |= _relaxed_entry(asked, i, arms[winner.arm], solved[winner.arm], winner.point)
     if at_risk is not None:
-        kept = bool(np.isfinite(at_risk[chosen]))
-        entry |= {"feasible": kept, "risk_objective": finite(value_of(asked.goal, at_risk[chosen])) if kept else None}
+        entry["risk_objective"] = finite(value_of(asked.goal, at_risk[chosen])) if kept else None
         if not kept:
-            share = {"value": interval["chosen_feasible_share"], "bound": asked.risk}
-            entry |= {"speedup": None, "headroom": None, "violations": entry["violations"] | {"risk": share}}
+            share = {"value": interval["chosen_feasible_share"], "bound": asked.risk, "compared": interval["compared"]}
+            entry["violations"] |= {"risk": share}
     judged = asked.exhaustive and entry["feasible"] and attempt.point.rank[0] < 1e6 and asked.risk is None
     gap = max(float(np.expm1(attempt.point.cost[0] - winner.point.cost[0])), 0.0) if judged else None
     lost = bool(alike.point.saturated[0])
@@ -312,15 +320,19 @@ def _plain(asked: Question, own: Arm, load: float, replicas: int) -> Contender:
     return Contender(-1, score(own, asked.shapes, asked.goal, asked.limits, load / replicas, point, replicas))
 
 
-def _entry(asked: Question, load: float, arm: Arm, point: Scored, plain: list[Contender] | None) -> dict[str, Any]:
-    """What the choice is and does."""
-    feasible = bool(point.worst[0] <= 0 and not point.saturated[0])
+def _entry(
+    asked: Question, load: float, arm: Arm, point: Scored, plain: list[Contender] | None, kept: bool | None
+) -> dict[str, Any]:
+    """What the choice is and does; ``kept``: whether it keeps the limits in as many draws as the risk asks for, None
+    without a risk."""
+    feasible = bool(point.worst[0] <= 0 and not point.saturated[0]) if kept is None else kept
     speedup = None
     if plain is not None and feasible:
         base = plain[asked.replicas.index(int(point.replicas[0]))].point
         speedup = None if base.saturated[0] else finite(math.exp(base.e2e[0] - point.e2e[0]))
     spare = 1.0 - float(point.metrics["utilization"][0, 0])
     headroom = min(spare, float(-np.expm1(point.worst[0]))) if asked.limits else spare
+    headroom = headroom if feasible else None
     return {
         "load": float(load),
         "feasible": feasible,
@@ -333,8 +345,9 @@ def _entry(asked: Question, load: float, arm: Arm, point: Scored, plain: list[Co
 
 
 def _relaxed_entry(asked: Question, i: int, arm: Arm, solution: Solution, point: Scored) -> dict[str, Any]:
-    lane = asked.lane(solution, i, asked.replicas.index(int(point.replicas[0])))
+    replicas = int(point.replicas[0])
+    lane = asked.lane(solution, i, asked.replicas.index(replicas))
     return {
-        "relaxed": relaxed_told(solution, lane, arm, asked.goal, asked.classes, asked.ranges),
+        "relaxed": relaxed_told(solution, lane, arm, asked.goal, asked.classes, asked.ranges, replicas),
         "shadow_prices": shadow_prices(solution, lane, asked.goal, asked.limits, asked.classes),
     }

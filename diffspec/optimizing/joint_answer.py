@@ -15,21 +15,23 @@ from diffspec.optimizing.joint_search import NO_CAP, Arm, Ranges, Scored, as_rea
 from diffspec.serving import MOST_STATES
 
 
-def value_of(goal: Objective, cost: float) -> float:
-    return float(np.exp(-cost if goal.text == "capacity" else cost))
+def value_of(goal: Objective, cost: float, replicas: int = 1) -> float:
+    """The objective of a log cost; a relaxed capacity is that of one of the ``replicas``."""
+    return float(replicas * np.exp(-cost) if goal.text == "capacity" else np.exp(cost))
 
 
 def point_told(point: Scored, arm: Arm, classes, goal, shapes) -> dict[str, Any]:
     """What a whole point is, and what it does for each class and for all."""
     count = len(classes)
+    replicas, hidden = int(point.replicas[0]), bool(point.saturated[0])
+    metrics = {
+        name: values * (replicas if name in ("capacity", "throughput") else 1) for name, values in point.metrics.items()
+    }
     of_class = {
-        one.name: {name: finite(values[0, number]) for name, values in point.metrics.items()}
+        one.name: {name: finite(values[0, number]) for name, values in metrics.items()}
         for number, one in enumerate(classes)
     }
-    replicas, hidden = int(point.replicas[0]), bool(point.saturated[0])
-    of_all = {name: finite(over_all(name, values, shapes.share)[0]) for name, values in point.metrics.items()}
-    for name in ("capacity", "throughput"):
-        of_all[name] = finite(replicas * (of_all[name] or 0.0))
+    of_all = {name: finite(over_all(name, values, shapes.share)[0]) for name, values in metrics.items()}
     cap, shape = (float(value) for value in point.points[0, count : count + 2])
     return {
         "draft_lengths": {one.name: int(point.points[0, number]) for number, one in enumerate(classes)},
@@ -43,21 +45,26 @@ def point_told(point: Scored, arm: Arm, classes, goal, shapes) -> dict[str, Any]
 
 
 def _tree_told(arm: Arm, shape: int) -> dict[str, Any]:
-    """A tree as data, and as SGLang's flags would ask for one of this depth, width and number of nodes (which it then
-    fills by probability, node by node)."""
+    """A tree as data, and SGLang's flags for one of this depth and number of nodes: its top k is the widest choice, or
+    the most nodes of a level that have children, whichever is more, so that this tree is among those that it may draw.
+    It draws the likeliest nodes of each step, not this one tree."""
     tree = arm.trees.trees[shape]  # type: ignore[union-attr]
     width = int(tree.rank.max())
+    inner = {parent for parent in tree.parents if parent >= 0}
+    top = max([width, *np.bincount([tree.depth[node] for node in inner]).tolist()] if inner else [width])
     return {
         "nodes": tree.nodes,
         "depth": tree.max_depth,
         "width": width,
         "parents": list(tree.parents),
-        "sglang": f"--speculative-num-steps {tree.max_depth} --speculative-eagle-topk {width} "
+        "sglang": f"--speculative-num-steps {tree.max_depth} --speculative-eagle-topk {top} "
         f"--speculative-num-draft-tokens {tree.nodes + 1}",
     }
 
 
-def relaxed_told(solution: Solution, lane: int, arm: Arm, goal: Objective, classes, ranges: Ranges) -> dict[str, Any]:
+def relaxed_told(
+    solution: Solution, lane: int, arm: Arm, goal: Objective, classes, ranges: Ranges, replicas: int
+) -> dict[str, Any]:
     """The reals and the conditions' residuals there. A step drafts as long as its longest draft: where lengths of
     classes meet, the cost has a kink, and ``stationarity`` is that of moving them together (``tied`` names them)."""
     count = len(classes)
@@ -69,7 +76,7 @@ def relaxed_told(solution: Solution, lane: int, arm: Arm, goal: Objective, class
         "draft_lengths": {one.name: float(k) for one, k in zip(classes, real.lengths, strict=True)},
         "tree": None if arm.trees is None else {"width": real.width, "nodes": real.nodes},
         "max_batch_size": real.cap if len(ranges.caps) > 1 else None,
-        "objective": finite(value_of(goal, float(solution.value[lane]))) if own else None,
+        "objective": finite(value_of(goal, float(solution.value[lane]), replicas)) if own else None,
         "stationarity": float(solution.stationarity[lane]),
         "tied": [[classes[number].name for number in sorted(group)] for group in groups if len(group) > 1],
         "complementarity": float(solution.complementarity[lane]),
@@ -81,7 +88,7 @@ def shadow_prices(solution: Solution, lane: int, goal, limits, classes) -> list[
     """Of each limit: whether it is active in the relaxed problem, and by how many percent one percent more room betters
     the objective (an elasticity: the multiplier, since costs and excesses are logarithms). Empty where the relaxed
     problem has no feasible point: no room has a price there."""
-    if solution.violation[lane] > 1e-3:
+    if solution.violation[lane] > 1e-3 or relaxable(goal) is not goal:  # a price alone does not move with reals
         return []
     told = []
     for number, entry in enumerate(limits):
@@ -105,9 +112,10 @@ def violations(point: Scored, limits, classes, shapes, load) -> dict[str, Any]:
         capacity = float(point.replicas[0] * over_all("capacity", point.metrics["capacity"], shapes.share)[0])
         return {"capacity": {"value": finite(capacity), "bound": float(load), "shortfall": finite(load - capacity)}}
     broken = {}
-    for entry, excess in zip(limits, excesses(limits, point.metrics, shapes.share), strict=True):
+    replicas = int(point.replicas[0])
+    for entry, excess in zip(limits, excesses(limits, point.metrics, shapes.share, replicas), strict=True):
         if float(np.asarray(excess)[0]) > 0:
-            values = point.metrics[entry.limit.metric]
+            values = point.metrics[entry.limit.metric] * (replicas if entry.limit.metric == "throughput" else 1)
             value = (
                 over_all(entry.limit.metric, values, shapes.share)[0]
                 if entry.number is None

@@ -46,15 +46,26 @@ class Contender(NamedTuple):
 
 
 def contenders(arm: int, found: Scored, most: int = FEW) -> list[Contender]:
-    """The best ``most`` of one arm's points."""
-    return [Contender(arm, rows(found, [row])) for row in found.order[:most]]
+    """The best ``most`` different points of one arm."""
+    kept: dict[tuple, Contender] = {}
+    for row in found.order:
+        one = Contender(arm, rows(found, [row]))
+        kept.setdefault(one.same, one)
+        if len(kept) == most:
+            break
+    return list(kept.values())
+
+
+def roomiest(arm: int, found: Scored, most: int = FEW // 4) -> list[Contender]:
+    """The points of one arm that are farthest from breaking a limit: what may keep it in more draws than the best."""
+    return [Contender(arm, rows(found, [row])) for row in np.argsort(found.worst, kind="stable")[:most]]
 
 
 def shortlist(must: Sequence[Contender], others: Sequence[Contender]) -> list[Contender]:
-    """At most :data:`FEW` different ones: ``must`` be there, then the best of the ``others``."""
-    chosen = {one.same: one for one in sorted(must, key=lambda one: one.key)[:FEW]}
+    """Different ones: all that ``must`` be there, then the best of the ``others`` up to :data:`FEW`."""
+    chosen = {one.same: one for one in sorted(must, key=lambda one: one.key)}
     for one in sorted(others, key=lambda one: one.key):
-        if len(chosen) == FEW:
+        if len(chosen) >= FEW:
             break
         chosen.setdefault(one.same, one)
     return list(chosen.values())
@@ -91,7 +102,7 @@ def draw_shortlist(
         models, drafted = arms[arm].models, arms[arm].drafted._replace(candidates=None)
         metrics, saturated = evaluate_draws(drafted, models, shapes, load / replicas, points)  # type: ignore[arg-type]
         kept = ~saturated
-        for excess in excesses(limits, metrics, shapes.share):
+        for excess in excesses(limits, metrics, shapes.share, replicas):
             kept &= np.asarray(excess) <= 0
         cost = np.asarray(cost_of(goal, metrics, shapes)) - (np.log(replicas) if goal.text == "capacity" else 0.0)
         e2e = np.where(saturated, np.inf, over_all("e2e_mean", metrics["e2e_mean"], shapes.share))
@@ -109,7 +120,9 @@ def interval_of(
     [1] against each draw's best."""
     kept = np.where(drawn.feasible, drawn.cost, np.inf)[:, candidates]
     any_kept, keeps = np.isfinite(kept).any(axis=1), drawn.feasible[:, chosen]
-    best = np.where(any_kept, np.asarray(candidates)[kept.argmin(axis=1)], -1)
+    level = kept <= kept.min(axis=1, keepdims=True) + 1e-10  # of equally good ones the smaller latency, as chosen
+    least = np.where(level, drawn.e2e[:, candidates], np.inf).argmin(axis=1)
+    best = np.where(any_kept, np.asarray(candidates)[least], -1)
     regret = np.expm1(drawn.cost[keeps, chosen] - kept[keeps].min(axis=1))
     sign = -1.0 if goal.text == "capacity" else 1.0
     values = np.where(np.isfinite(drawn.e2e[:, chosen]), np.exp(sign * drawn.cost[:, chosen]), np.nan)

@@ -190,11 +190,12 @@ def cost_of(objective: Objective, metrics, shapes: Shapes):
     return jnp.log(total / weight.sum())
 
 
-def excesses(limits: Sequence[ClassLimit], metrics, share) -> list:
-    """Log excess of every limit."""
+def excesses(limits: Sequence[ClassLimit], metrics, share, replicas: Any = 1) -> list:
+    """Log excess of every limit; a throughput is that of all ``replicas``."""
     found = []
     for number, limit in limits:
         values = metrics[limit.metric]
+        values = values * replicas if limit.metric == "throughput" else values
         found.append(limit.excess(over_all(limit.metric, values, share) if number is None else values[..., number]))
     return found
 
@@ -230,7 +231,10 @@ def evaluate_points(drafted: Drafted, shapes: Shapes, load: float, points: np.nd
 
 def evaluate_draws(drafted: Drafted, models: ServingModel, shapes: Shapes, load: float, points: np.ndarray):
     """(metrics [draws, points, classes] by name, saturated [draws, points]) of a few points in each of ``models``,
-    which have a leading axis; points are padded to :data:`FEW`."""
-    padded = np.concatenate([points, np.repeat(points[-1:], FEW - len(points), axis=0)])
-    found = _drawn(drafted, models, shapes, float(load), padded)
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:, : len(points)], found)
+    which have a leading axis; :data:`FEW` points a call."""
+    parts = []
+    for first in range(0, len(points), FEW):
+        part = points[first : first + FEW]
+        padded = np.concatenate([part, np.repeat(part[-1:], FEW - len(part), axis=0)])
+        parts.append(_drawn(drafted, models, shapes, float(load), padded))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1)[:, : len(points)], *parts)

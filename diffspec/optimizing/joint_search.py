@@ -135,12 +135,14 @@ def variables_of(arm: Arm, ranges: Ranges, classes: int, sizes=None) -> Variable
     return Variables(classes, arm.trees is not None, len(ranges.caps) > 1, sizes is not None)
 
 
-def relaxed(arm: Arm, shapes, goal, limits, loads, ranges: Ranges, sizes=None) -> Solution:
-    """The relaxed problem of one drafter: lanes are loads times starts."""
+def relaxed(arm: Arm, shapes, goal, limits, loads, ranges: Ranges, sizes=None, replicas=None) -> Solution:
+    """The relaxed problem of one drafter: lanes are loads times starts; ``replicas`` at each load, by default one."""
     count, starts = len(shapes.share), np.asarray(STARTS)
     variables = variables_of(arm, ranges, count, sizes)
     low, high = variables.ranges(arm, ranges, sizes)
-    loads = [*loads, *[loads[-1]] * (2 ** max(1, math.ceil(math.log2(len(loads)))) - len(loads))]  # few programs
+    missing = 2 ** max(1, math.ceil(math.log2(len(loads)))) - len(loads)  # few programs
+    replicas = [*(replicas or [1] * len(loads)), *[1] * missing]
+    loads = [*loads, *[loads[-1]] * missing]
     lanes = len(loads) * len(starts)
     data = {
         "load": np.repeat(np.asarray(loads, dtype=float), len(starts)),
@@ -148,6 +150,7 @@ def relaxed(arm: Arm, shapes, goal, limits, loads, ranges: Ranges, sizes=None) -
         "high": np.tile(high, (lanes, 1)),
         "cap": np.full(lanes, ranges.caps[0]),
         "size": np.full(lanes, math.log(arm.size)),
+        "replicas": np.repeat(np.asarray(replicas, dtype=float), len(starts)),
     }
     function = relaxed_function(relaxable(goal), tuple(entry.of_one for entry in limits), variables)
     at = np.tile(starts[:, None], (len(loads), len(low)))
@@ -173,7 +176,7 @@ def relaxed_function(goal: Objective, limits, variables: Variables) -> Callable:
         real = data["low"] + (data["high"] - data["low"]) * x
         point = variables.point(real, data["cap"], data["size"])
         metrics, overload, _ = predicted(drafted, shapes, data["load"], point)
-        broken = excesses(limits, metrics, shapes.share)
+        broken = excesses(limits, metrics, shapes.share, data["replicas"])
         broken = [*beyond(broken, [one.limit for one in limits], bounds), overload]
         if variables.tree:
             count = variables.classes
@@ -225,7 +228,7 @@ def score(arm: Arm, shapes: Shapes, goal, limits, load, points, replicas: int = 
     """Points (lengths, cap, tree) at a ``load`` [req/s] of one of ``replicas``, evaluated."""
     points = np.column_stack([points, np.full(len(points), math.log(arm.size))])
     metrics, saturated = evaluate_points(arm.drafted._replace(candidates=None), shapes, load, points)
-    found = [np.asarray(values) for values in excesses(limits, metrics, shapes.share)]
+    found = [np.asarray(values) for values in excesses(limits, metrics, shapes.share, float(replicas))]
     worst = np.max(found, axis=0) if found else np.full(len(points), -1.0)
     cost = np.asarray(cost_of(goal, metrics, shapes))
     if goal.text == "capacity":

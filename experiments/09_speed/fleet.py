@@ -2,10 +2,10 @@
 
     python experiments/09_speed/fleet.py [--traces 16]
 
-Traces: the quiet table of vLLM on a CPU, its latencies scattered by 2 % (log normal, a seed a trace), so that each fit
-is another one. Weak scaling: as many traces for each process, alternating runs of 1 and all processes; the first fit of
-each process, which compiles or reads compiled programs, is told apart from those that follow. Optimising: copies of the
-fitted models, at three loads and five draft lengths. Writes fleet.json beside itself.
+Traces: the quiet table of vLLM on a CPU, all latencies of a row scattered by 2 % (log normal, a seed a trace), so that
+each fit is another one. Weak scaling: as many traces for each process, alternating runs of 1 and all processes; the
+first fit of each process, which compiles or reads compiled programs, is told apart from those that follow. Optimising:
+copies of the fitted models, at three loads and five draft lengths. Writes fleet.json beside itself.
 """
 
 import argparse
@@ -34,10 +34,9 @@ def scattered(folder: Path, count: int) -> None:
     frame = pd.read_csv(TABLE)
     columns = [name for name in frame if name.startswith(LATENCIES)]
     for number in range(count):
-        factors = np.exp(0.02 * np.random.default_rng(number).standard_normal((len(frame), len(columns))))
-        frame.assign(**dict(zip(columns, (frame[columns] * factors).to_numpy().T, strict=True))).to_csv(
-            folder / f"{number:04d}.csv", index=False
-        )
+        factors = np.exp(0.02 * np.random.default_rng(number).standard_normal(len(frame)))
+        moved = frame[columns].mul(factors, axis=0)
+        frame.assign(**{name: moved[name] for name in columns}).to_csv(folder / f"{number:04d}.csv", index=False)
 
 
 def fitted(folder: Path, processes: int, each: int) -> dict:
@@ -50,7 +49,8 @@ def fitted(folder: Path, processes: int, each: int) -> dict:
     reads = {path.name: partial(read_trace, [path]) for path in paths}
     done = list(fit_fleet(reads, processes=processes, prepare=prepare_jax))
     wall = time.perf_counter() - start
-    assert all(one.model is not None for one in done)
+    failed = [one.error for one in done if one.model is None]
+    assert not failed, failed[0]
     seconds = sorted(one.seconds for one in done)
     return {"processes": processes, "traces": len(done), "wall": wall, "median_fit": statistics.median(seconds)} | {
         "first_fits": seconds[-processes:],
