@@ -272,7 +272,8 @@ def test_a_placement_is_decided_with_the_rest(tmp_path, capsys):
     command += ["--experts", str(tmp_path / "routing.npz"), "--any-rank-load", "--batch-caps", "4,16"]
     command += ["--prompt-length", "64", "--output-length", "64", "--acceptance-rate", "0.75"]
     assert main([*command, "--out", str(tmp_path / "told.json")]) == 0
-    assert "experts placed" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "placed" in shown and "experts, 2 a token, on 2 ranks" in shown
     told = json.loads((tmp_path / "told.json").read_text())
     assert told["experts"]["outcome"] == "successful" and told["table"][0]["placement"] in told["placements"]
     assert told["table"][0]["objective"] == pytest.approx(entry["objective"], rel=1e-9)
