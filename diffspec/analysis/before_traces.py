@@ -7,7 +7,9 @@ fit transfers), and the central 90 % of each metric are told. They say nothing o
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from diffspec.acceptance import AbstractAcceptance
 from diffspec.analysis.answers import predict_answer
@@ -23,7 +25,7 @@ from diffspec.parameters import parameter_infos
 from diffspec.resources import BATCHED_TOKENS, MEMORY_SHARE, RESERVE_BYTES, MemoryPlan, energy_per_token, memory_plan
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
-from diffspec.step_time import BatchState, scaled
+from diffspec.step_time import AbstractStepTime, BatchState, scaled
 from diffspec.workload import Workload
 
 DRAWS = 128
@@ -171,21 +173,41 @@ def _nothing(answer: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+class Working(NamedTuple):
+    """A server that works on ``n`` sequences: ``joules`` per output token [J], ``power`` of a decode step [W],
+    ``tokens`` per step and sequence, and seconds of a ``step`` and of a ``prefill``."""
+
+    joules: Any
+    power: Any
+    tokens: Any
+    step: Any
+    prefill: Any
+
+
+def working(
+    pair: FirstPrinciples, step_time: AbstractStepTime, workload: Workload, config: Configuration, n
+) -> Working:
+    """:func:`diffspec.resources.energy_per_token` of one server with ``n`` [req] in service; traced or not."""
+    step = scaled(step_time, drafter=config.drafter_scale)
+    passes = drafted = config.draft_length * config.draft_probability
+    tokens = jnp.ones_like(jnp.asarray(n, dtype=float))
+    if config.acceptance is not None:
+        tokens = config.acceptance.moments(config.draft_length, config.draft_probability)[0]
+        drafted = config.acceptance.drafted_tokens(config.draft_length) * config.draft_probability
+    state = BatchState.decoding(n, drafted, pair.context, passes)
+    read = jnp.asarray(workload.prompt_length * (1.0 - workload.prefix_hit_rate))
+    prefill = step(BatchState(prefill_tokens=read, draft_passes=passes)).prefill
+    told = {"drafter_scale": config.drafter_scale, "prefill_tokens": read}
+    return Working(*energy_per_token(pair, step, state, tokens, prefill, **told), tokens, step(state).total, prefill)
+
+
 def _energy(
     pair: FirstPrinciples, serving: ServingModel, workload: Workload, config: Configuration, answer
 ) -> dict[str, Any]:
     """Energy of an output token and power of a step at the predicted batch (at least one sequence)."""
     sequences = max(answer["effective_batch_size"] or 1.0, 1.0)
-    passes = drafted = float(config.draft_length) * float(config.draft_probability)
-    if config.acceptance is not None:
-        drafted = float(config.acceptance.drafted_tokens(config.draft_length)) * float(config.draft_probability)
-    state = BatchState.decoding(sequences, drafted, pair.context, passes)
-    read = float(workload.prompt_length * (1.0 - workload.prefix_hit_rate))
-    step = scaled(serving.step_time, drafter=config.drafter_scale)
-    prefill = step(BatchState(prefill_tokens=read, draft_passes=passes)).prefill
-    told = {"drafter_scale": config.drafter_scale, "prefill_tokens": read}
-    joules, power = energy_per_token(pair, step, state, answer["tokens_per_step"], prefill, **told)  # type: ignore[arg-type]
-    return {"joules": finite(joules), "power": finite(power), "sequences": sequences}
+    found = working(pair, serving.step_time, workload, config, sequences)
+    return {"joules": finite(found.joules), "power": finite(found.power), "sequences": sequences}
 
 
 def _how_it_drafts(pair: FirstPrinciples) -> list[str]:

@@ -119,13 +119,6 @@ def optimize_folder(
     return {"outcome": "successful" if some else "infeasible"} | answer | {"warnings": broken}, tuple(read)
 
 
-def tables(answer: Mapping[str, Any]) -> Iterator[Any]:
-    """What :func:`optimize_folder` found, for people."""
-    from diffspec.report.fitting_tables import fleet_policies
-
-    return fleet_policies(answer)
-
-
 def _traces(source: Path, reading: Mapping[str, Any]) -> Iterator[tuple[str, "Callable[[], Trace]", str]]:
     """(name, how it is read, digest of its bytes) of each trace."""
     from diffspec.results import InputError

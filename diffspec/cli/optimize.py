@@ -81,7 +81,9 @@ def command(
         question = {"max_draft_length": max_draft_length, "slo": slo or [], "objective": objective}
         answer, inputs = fleet.optimize_folder(subject.model, asked, given, question)
         note(answer["warnings"], "warning")
-        deliver(answer, fleet.tables, as_json=as_json, out=out, inputs=inputs)
+        from diffspec.report.policy_tables import fleet_policies
+
+        deliver(answer, fleet_policies, as_json=as_json, out=out, inputs=inputs)
         if answer["outcome"] != "successful":
             raise typer.Exit(1)
         return

@@ -28,6 +28,15 @@ def best_static(metrics, saturated, limits: Sequence[Limit], objective: str) -> 
     return int(among[np.argmin(cost[rows][:, among].mean(axis=0))])
 
 
+def cost_at_risk(cost: np.ndarray, feasible: np.ndarray, risk: float) -> np.ndarray:
+    """The cost that the share ``risk`` of draws, the first axis, does not exceed; infinite where fewer keep the limits.
+
+    >>> float(cost_at_risk(np.array([1.0, 2.0, 3.0, 0.5]), np.array([True, True, True, False]), 0.5))
+    2.0
+    """
+    return np.asarray(np.quantile(np.where(feasible, cost, np.inf), risk, axis=0, method="inverted_cdf"))
+
+
 class Drawn(NamedTuple):
     """Every draft length at every load in every draw, [draws, loads, draft lengths]: log ``cost``, ``feasible``,
     ``e2e`` [s] (infinite where saturated), ``ttft`` [s]; and the best one draft length of each draw (None: none)."""
@@ -41,8 +50,7 @@ class Drawn(NamedTuple):
     def at_risk(self, risk: float) -> tuple[np.ndarray, np.ndarray]:
         """(log cost that the share ``risk`` of draws does not exceed, infinite where fewer keep the limits; share of
         draws that keep them), [loads, draft lengths]."""
-        kept = np.where(self.feasible, self.cost, np.inf)
-        return np.quantile(kept, risk, axis=0, method="inverted_cdf"), self.feasible.mean(axis=0)
+        return cost_at_risk(self.cost, self.feasible, risk), self.feasible.mean(axis=0)
 
 
 def drawn_costs(drawn: Iterable[Any], limits: Sequence[Limit], objective: str, *, plain_known: bool) -> Drawn:

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance
@@ -32,7 +31,7 @@ from diffspec.optimizing.expert_placement import (
     round_robin,
 )
 from diffspec.optimizing.expert_problem import INFEASIBLE, Point, Problem, merit_of, undominated
-from diffspec.optimizing.expert_search import relaxed_placement, routed
+from diffspec.optimizing.expert_search import relaxed_placement, routed, routed_draws
 from diffspec.optimizing.limits import check_question, parse_limit
 from diffspec.resources import memory_plan
 from diffspec.results import InputError
@@ -216,14 +215,13 @@ def place_unmeasured(subject: Unmeasured, routes: RoutingCounts, **asked: Any) -
         )
     models = subject.models
     if answer["placement"] is not None:
-        models = partial(_routed_draws, subject.models, deployment.serving.step_time.experts.routing)  # type: ignore[attr-defined]
+        routing = deployment.serving.step_time.experts.routing  # type: ignore[attr-defined]
+        models = partial(_drawn_and_routed, subject.models, routing)
     return dataclasses.replace(subject, deployment=deployment, plan=plan, models=models), answer
 
 
-def _routed_draws(models: Callable[[], ServingModel], table: CoverageTable) -> ServingModel:
-    drawn = models()
-    count = jax.tree.leaves(drawn)[0].shape[0]
-    return routed(drawn, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *np.shape(leaf))), table))
+def _drawn_and_routed(models: Callable[[], ServingModel], table: CoverageTable) -> ServingModel:
+    return routed_draws(models(), table)
 
 
 def _asked(

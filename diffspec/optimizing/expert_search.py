@@ -53,6 +53,12 @@ def routed(serving: ServingModel, routing: ExpertRouting | CoverageTable) -> Ser
     return eqx.tree_at(where, serving, routing)
 
 
+def routed_draws(models: ServingModel, table: CoverageTable) -> ServingModel:
+    """Draws of a server (a leading axis), each with this routing of its experts."""
+    count = jax.tree.leaves(models)[0].shape[0]
+    return routed(models, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *np.shape(leaf))), table))
+
+
 @partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST_COMPILE)
 def _answers(objective: str, relief: bool, serving: ServingModel, table: CoverageTable, workload, config):
     def value(log_coverage, log_imbalance):

@@ -23,15 +23,16 @@ from diffspec.analysis.answers import metric_values
 from diffspec.analysis.plain import FAST_COMPILE, as_floats, enough_states, finite
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
+from diffspec.fitting.observations import UNCAPPED
 from diffspec.optimizing.limits import check_question, costs, parse_limit
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import ServingModel
-from diffspec.workload import Workload, check_range
+from diffspec.workload import Workload
 
 CHUNK = 256
 """Deployments of one call on one device."""
-UNCAPPED, UNFILLED = 1e9, 1e15
-"""Stand-ins for no batch cap [req] and no bound of the KV cache [tok]."""
+UNFILLED = 1e15
+"""Stands for no bound of the KV cache [tok]."""
 
 
 def optimize_fleet(
@@ -58,9 +59,6 @@ def optimize_fleet(
     Errors: :class:`InputError` for unknown metrics, loads that do not increase, or ranges.
     """
     check_question(objective, loop, loads, max_draft_length)
-    check_range("prompt_length", float(prompt_length), 0, 1e8, low_open=True, unit="tok")
-    check_range("output_length", float(output_length), 1, 1e8, low_open=False, unit="tok")
-    check_range("output_scv", float(output_scv), 0, 100, low_open=False, unit="(squared coefficient of variation)")
     limits = [parse_limit(text) for text in slo]
     if not deployments:
         raise InputError("fleet: got no deployment; allowed: at least one")

@@ -19,7 +19,9 @@ from diffspec.analysis.intervals import NO_INTERVALS
 from diffspec.analysis.plain import finite
 from diffspec.experts import CoverageTable
 from diffspec.fitting.deployment import FittedDeployment
+from diffspec.fitting.observations import UNCAPPED
 from diffspec.optimizing.catalogue import DrafterChoice, RequestClass, acceptance_of_size
+from diffspec.optimizing.choice import cost_at_risk
 from diffspec.optimizing.constrained import Solution
 from diffspec.optimizing.joint_answer import (
     caveats,
@@ -51,7 +53,6 @@ from diffspec.optimizing.joint_problem import (
     shapes_of,
 )
 from diffspec.optimizing.joint_search import (
-    NO_CAP,
     STARTS,
     Arm,
     Ranges,
@@ -158,7 +159,7 @@ def optimize_jointly(
         raise InputError("cost: needs the price of a device; allowed: cost_per_hour (--cost-per-hour)")
     report = progress or (lambda what, share: None)
     known_cap = deployment.defaults.get("max_batch_size")
-    caps = tuple(sorted({float(cap) for cap in batch_caps})) or (NO_CAP if known_cap is None else float(known_cap),)
+    caps = tuple(sorted({float(cap) for cap in batch_caps})) or (UNCAPPED if known_cap is None else float(known_cap),)
     ranges = Ranges(max_draft_length, caps)
     given = {"max_batched_tokens": max_batched_tokens, "cost_per_hour": cost_per_hour, "draws": draws}
     arms = arms_of(deployment, drafters, classes, ranges, acceptance, placements or {}, **given)
@@ -252,11 +253,23 @@ def _between(asked: Question, arms, drafters) -> list[dict[str, Any]] | None:
     return told
 
 
-def _decide(asked: Question, i: int, arms: list[Arm], own: Arm | None, solved, sure: bool):
-    """(entry of the table, its interval) at one load."""
+class Compared(NamedTuple):
+    """Points of all arms at one load: the best ``attempt`` of rounding, the best ``alike`` for all classes, the best of
+    each arm (``best``), others that come close, and those with ``room`` below the limits; ``evaluated``: how many."""
+
+    attempt: Contender
+    alike: Contender
+    best: list[Contender]
+    others: list[Contender]
+    room: list[Contender]
+    evaluated: int
+
+
+def _compared(asked: Question, i: int, arms: list[Arm], solved, sure: bool) -> Compared:
+    """Every arm at every number of replicas at one load."""
     count, evaluated, load = len(asked.classes), 0, asked.loads[i]
     question = (asked.shapes, asked.goal, asked.limits)
-    attempts, common, best, others, roomy = [], [], [], [], []
+    attempts, common, best, others, room = [], [], [], [], []
     for place, replicas in enumerate(asked.replicas):
         for number, (arm, solution) in enumerate(zip(arms, solved, strict=True)):
             real = as_reals(arm, asked.ranges, solution.x[asked.lane(solution, i, place)], count)
@@ -271,44 +284,70 @@ def _decide(asked: Question, i: int, arms: list[Arm], own: Arm | None, solved, s
                 evaluated += len(found.points)
             best.append(Contender(number, first(found)))
             others += contenders(number, found) if sure else []
-            roomy += roomiest(number, found) + contenders(number, alike) if asked.risk is not None else []
-    attempt, alike, winner = (min(each, key=lambda one: one.key) for each in (attempts, common, best))
+            room += roomiest(number, found) + contenders(number, alike) if asked.risk is not None else []
+    attempt, alike = (min(each, key=lambda one: one.key) for each in (attempts, common))
+    return Compared(attempt, alike, best, others, room, evaluated)
+
+
+class Sure(NamedTuple):
+    """The ``winner``, its ``interval`` over draws ({} where there are none), and with a risk the log cost ``at_risk``,
+    infinite where too few draws keep the limits."""
+
+    winner: Contender
+    interval: dict[str, Any]
+    at_risk: float | None
+
+
+def _sure(asked: Question, load: float, arms: list[Arm], own: Arm | None, found: Compared, plain) -> Sure:
+    """The choice among the points at one load, over the draws of what is not known."""
+    known = own is not None and own.models is not None
+    baseline: list[Contender] = plain if known else []
+    listed = shortlist([*found.best, found.alike, *baseline, *found.room], found.others)
+    all_arms = [*arms, *([] if own is None else [own])]
+    drawn = draw_shortlist(all_arms, listed, asked.shapes, asked.goal, asked.limits, load)
+    names, candidates = [one.same for one in listed], [n for n, one in enumerate(listed) if one.arm >= 0]
+    at_risk = None if asked.risk is None else cost_at_risk(drawn.cost, drawn.feasible, asked.risk)
+    if at_risk is None:
+        chosen = names.index(min(found.best, key=lambda one: one.key).same)
+    else:
+        chosen = min(candidates, key=lambda n: (at_risk[n], listed[n].key))
+    winner = listed[chosen]
+    placed = asked.replicas.index(int(winner.point.replicas[0]))
+    base = names.index(baseline[placed].same) if baseline else None
+    interval = interval_of(drawn, candidates, chosen, base, asked.goal)
+    return Sure(winner, interval, None if at_risk is None else float(at_risk[chosen]))
+
+
+def _decide(asked: Question, i: int, arms: list[Arm], own: Arm | None, solved, sure: bool):
+    """(entry of the table, its interval) at one load."""
+    load = asked.loads[i]
+    found = _compared(asked, i, arms, solved, sure)
     plain = None if own is None else [_plain(asked, own, load, replicas) for replicas in asked.replicas]
-    interval: dict[str, Any] = {}
-    at_risk = None
     if sure:
-        told = [] if plain is None or own is None or own.models is None else plain
-        listed = shortlist([*best, alike, *told, *roomy], others)
-        drawn = draw_shortlist([*arms, *([] if own is None else [own])], listed, *question, load)
-        names = [one.same for one in listed]
-        chosen, candidates = names.index(winner.same), [n for n, one in enumerate(listed) if one.arm >= 0]
-        if asked.risk is not None:
-            at_risk = drawn.at_risk(asked.risk)
-            chosen = min(candidates, key=lambda n: (at_risk[n], listed[n].key))
-            winner = listed[chosen]
-        placed = asked.replicas.index(int(winner.point.replicas[0]))
-        base = names.index(told[placed].same) if told else None
-        interval = interval_of(drawn, candidates, chosen, base, asked.goal)
-    kept = None if at_risk is None else bool(np.isfinite(at_risk[chosen]))
+        winner, interval, at_risk = _sure(asked, load, arms, own, found, plain)
+    else:
+        winner, interval, at_risk = min(found.best, key=lambda one: one.key), {}, None
+    kept = None if at_risk is None else math.isfinite(at_risk)
     entry = _entry(asked, load, arms[winner.arm], winner.point, plain, kept)
     entry |= _relaxed_entry(asked, i, arms[winner.arm], solved[winner.arm], winner.point)
     if at_risk is not None:
-        entry["risk_objective"] = finite(value_of(asked.goal, at_risk[chosen])) if kept else None
+        entry["risk_objective"] = finite(value_of(asked.goal, at_risk)) if kept else None
         if not kept:
             share = {"value": interval["chosen_feasible_share"], "bound": asked.risk, "compared": interval["compared"]}
             entry["violations"] |= {"risk": share}
-    judged = asked.exhaustive and entry["feasible"] and attempt.point.rank[0] < 1e6 and asked.risk is None
-    gap = max(float(np.expm1(attempt.point.cost[0] - winner.point.cost[0])), 0.0) if judged else None
-    lost = bool(alike.point.saturated[0])
+    attempt, alike = found.attempt.point, found.alike.point
+    judged = asked.exhaustive and entry["feasible"] and attempt.rank[0] < 1e6 and asked.risk is None
+    gap = max(float(np.expm1(attempt.cost[0] - winner.point.cost[0])), 0.0) if judged else None
+    lost = bool(alike.saturated[0])
     return entry | {
         "common": {
-            "drafter": arms[alike.arm].name,
-            "draft_length": int(alike.point.points[0, 0]),
-            "objective": None if lost else finite(value_of(asked.goal, alike.point.cost[0])),
-            "feasible": bool(alike.point.worst[0] <= 0 and not lost),
+            "drafter": arms[found.alike.arm].name,
+            "draft_length": int(alike.points[0, 0]),
+            "objective": None if lost else finite(value_of(asked.goal, alike.cost[0])),
+            "feasible": bool(alike.worst[0] <= 0 and not lost),
         },
         "optimality_gap": gap if gap is None or gap > 1e-9 else 0.0,
-        "evaluated": evaluated,
+        "evaluated": found.evaluated,
         "exhaustive": asked.exhaustive,
         "chosen_probability": interval.get("probability_best"),
     }, interval

@@ -8,10 +8,11 @@ import numpy as np
 from diffspec.acceptance import MeasuredAcceptance
 from diffspec.analysis.plain import finite
 from diffspec.fitting.deployment import FittedDeployment
+from diffspec.fitting.observations import UNCAPPED
 from diffspec.optimizing.catalogue import RequestClass
 from diffspec.optimizing.constrained import Solution, tied_groups
 from diffspec.optimizing.joint_problem import Objective, excesses, over_all
-from diffspec.optimizing.joint_search import NO_CAP, Arm, Ranges, Scored, as_reals, relaxable
+from diffspec.optimizing.joint_search import Arm, Ranges, Scored, as_reals, relaxable
 from diffspec.serving import MOST_STATES
 
 
@@ -36,7 +37,7 @@ def point_told(point: Scored, arm: Arm, classes, goal, shapes) -> dict[str, Any]
     return {
         "draft_lengths": {one.name: int(point.points[0, number]) for number, one in enumerate(classes)},
         "tree": _tree_told(arm, int(shape)) if arm.trees is not None and point.points[0, 0] > 0 else None,
-        "max_batch_size": None if cap >= NO_CAP else cap,
+        "max_batch_size": None if cap >= UNCAPPED else cap,
         "replicas": replicas,
         "placement": arm.placement,
         "objective": None if hidden else finite(value_of(goal, point.cost[0])),
@@ -171,7 +172,7 @@ def caveats(own: FittedDeployment, arms, classes, loads, longest, caps) -> list[
             notes.append(f"drafter {arm.name}: {mixed}")
         if own.plain_measured and not arm.zero:
             notes.append(f"drafter {arm.name}: no k = 0 row was fitted: it always drafts")
-    if any(cap > MOST_STATES for cap in caps if cap < NO_CAP):
+    if any(cap > MOST_STATES for cap in caps if cap < UNCAPPED):
         notes.append(
             f"waiting for a place is not counted at batch caps above {MOST_STATES}: they look better than they are"
         )

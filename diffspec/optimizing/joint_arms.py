@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import jax
 import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance, ConstantAcceptance
@@ -15,7 +14,7 @@ from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.observations import states_of
 from diffspec.fitting.uncertainty import DRAWS
 from diffspec.optimizing.catalogue import DrafterChoice, RequestClass
-from diffspec.optimizing.expert_search import routed
+from diffspec.optimizing.expert_search import routed, routed_draws
 from diffspec.optimizing.joint_problem import Drafted
 from diffspec.optimizing.joint_search import Arm, Ranges
 from diffspec.optimizing.servers import prices, server_of
@@ -104,12 +103,6 @@ def _arm(own: FittedDeployment, choice: DrafterChoice, classes, ranges: Ranges, 
     )
     size = float(choice.drafter_params or reference)
     return Arm(choice.name, deployment, size, drafted, deployment.plain_measured, trees, choice.max_nodes)
-
-
-def routed_draws(models: ServingModel, table: CoverageTable) -> ServingModel:
-    """Draws of a server, each with this placement of its experts."""
-    count = jax.tree.leaves(models)[0].shape[0]
-    return routed(models, jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *np.shape(leaf))), table))
 
 
 def _price(arm: Arm, cost_per_hour: float | Mapping[str, Any]) -> float:

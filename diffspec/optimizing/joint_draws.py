@@ -79,10 +79,6 @@ class Drawn(NamedTuple):
     feasible: np.ndarray
     e2e: np.ndarray
 
-    def at_risk(self, risk: float) -> np.ndarray:
-        """Log cost [points] that the share ``risk`` of draws does not exceed; infinite where fewer keep the limits."""
-        return np.quantile(np.where(self.feasible, self.cost, np.inf), risk, axis=0, method="inverted_cdf")
-
 
 def draw_shortlist(
     arms: Sequence[Arm],

@@ -29,8 +29,6 @@ from diffspec.serving import ServingModel
 from diffspec.tree_search import RegularTree
 from diffspec.tree_shapes import TreeShapes
 
-NO_CAP = 1e9
-"""Stands for no batch cap [req]."""
 STARTS = (0.1, 0.45, 0.9)
 """Where the relaxed solver starts, as shares of every range."""
 MOST_CORNERS = 2000

@@ -21,17 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance
-from diffspec.analysis.before_traces import Unmeasured, before_traces
+from diffspec.analysis.before_traces import Unmeasured, before_traces, working
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.first_principles import FirstPrinciples
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.principles import KEY
 from diffspec.hardware import accelerator
 from diffspec.parameters import Scalar
-from diffspec.resources import MemoryPlan, energy_per_token, memory_plan
+from diffspec.resources import MemoryPlan, memory_plan
 from diffspec.results import InputError
 from diffspec.serving import MOST_STATES, ServingModel
-from diffspec.step_time import AbstractStepTime, BatchState, scaled
+from diffspec.step_time import AbstractStepTime
 from diffspec.workload import Workload
 
 USUAL_CAP = 256.0
@@ -250,17 +250,6 @@ def when_busy(batch, workload: Workload):
 def joules(pair: FirstPrinciples, step: AbstractStepTime, workload: Workload, config: Configuration, n, rate) -> Scalar:
     """Joules per output token [J] of one server of a ``pair`` of the workload's lengths with ``n`` [req] in service
     while it works: see the module."""
-    step = scaled(step, drafter=config.drafter_scale)
-    passes = drafted = config.draft_length * config.draft_probability
-    tokens = jnp.ones_like(n)
-    if config.acceptance is not None:
-        tokens = config.acceptance.moments(config.draft_length, config.draft_probability)[0]
-        drafted = config.acceptance.drafted_tokens(config.draft_length) * config.draft_probability
-    state = BatchState.decoding(n, drafted, pair.context, passes)
-    read = jnp.asarray(workload.prompt_length * (1.0 - workload.prefix_hit_rate))
-    prefill = step(BatchState(prefill_tokens=read, draft_passes=passes)).prefill
-    told = {"drafter_scale": config.drafter_scale, "prefill_tokens": read}
-    working, _ = energy_per_token(pair, step, state, tokens, prefill, **told)
-    output = workload.output_length
-    busy = jnp.minimum(rate * (output / (n * tokens) * step(state).total + prefill), 1.0)
-    return working + pair.tensor_parallel * pair.hardware.idle_power * (1.0 - busy) / (rate * output)
+    found, output = working(pair, step, workload, config, n), workload.output_length
+    busy = jnp.minimum(rate * (output / (n * found.tokens) * found.step + found.prefill), 1.0)
+    return found.joules + pair.tensor_parallel * pair.hardware.idle_power * (1.0 - busy) / (rate * output)

@@ -10,7 +10,7 @@ from diffspec.report.numbers import NONE, percent, quantity, significant
 from diffspec.report.tables import table
 
 MOST_SHOWN = 40
-"""Traces of a fleet that a table shows."""
+"""Traces or deployments of a fleet that a table shows."""
 
 
 def next_runs(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -85,20 +85,3 @@ def fleet(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
     hidden = len(answer["traces"]) - MOST_SHOWN
     if hidden > 0:
         yield Text(f"and {hidden} more; --json names all, and so does fleet.jsonl in {answer['out']}")
-
-
-def fleet_policies(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """What `diffspec optimize FOLDER` says: the draft length of each deployment at each load."""
-    rows = []
-    for one in answer["deployments"][:MOST_SHOWN]:
-        cells = [NONE] * len(answer["loads"]) if one["error"] else []
-        for entry in one["table"]:
-            gain = f" ({entry['speedup']:.2f} times)" if entry["speedup"] else ""
-            cells.append(f"{entry['draft_length']}{gain}" if entry["feasible"] else "none will do")
-        rows.append((one["deployment"], *cells))
-    unit = "req/s" if answer["loop"] == "arrival_rate" else "in flight"
-    columns = ("deployment", *(f"{load:g} {unit}" for load in answer["loads"]))
-    yield table(f"draft length by load: {answer['outcome']}", columns, rows, left=1)
-    hidden = len(answer["deployments"]) - MOST_SHOWN
-    if hidden > 0:
-        yield Text(f"and {hidden} more deployments; --json or --out has all")

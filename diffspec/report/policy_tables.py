@@ -1,4 +1,5 @@
-"""What `diffspec policy` says: what to do, the schedule and its bands, and what it gains at each load."""
+"""What `diffspec policy` says: what to do, the schedule and its bands, and what it gains at each load; and the draft
+lengths of a fleet."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -6,6 +7,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from diffspec.report.fitting_tables import MOST_SHOWN
 from diffspec.report.numbers import NONE, metric_value, percent, significant
 from diffspec.report.tables import assumed, measured, table
 
@@ -95,3 +97,20 @@ def _with_interval(value: float | None, edges: Mapping[str, float | None] | None
         return significant(value)
     high = "" if edges["high"] is None else significant(edges["high"])
     return f"{significant(value)} ({significant(edges['low'])} to {high or 'any'})"
+
+
+def fleet_policies(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What `diffspec optimize FOLDER` says: the draft length of each deployment at each load."""
+    rows = []
+    for one in answer["deployments"][:MOST_SHOWN]:
+        cells = [NONE] * len(answer["loads"]) if one["error"] else []
+        for entry in one["table"]:
+            gain = f" ({entry['speedup']:.2f} times)" if entry["speedup"] else ""
+            cells.append(f"{entry['draft_length']}{gain}" if entry["feasible"] else "none will do")
+        rows.append((one["deployment"], *cells))
+    unit = "req/s" if answer["loop"] == "arrival_rate" else "in flight"
+    columns = ("deployment", *(f"{load:g} {unit}" for load in answer["loads"]))
+    yield table(f"draft length by load: {answer['outcome']}", columns, rows, left=1)
+    hidden = len(answer["deployments"]) - MOST_SHOWN
+    if hidden > 0:
+        yield Text(f"and {hidden} more deployments; --json or --out has all")
