@@ -34,7 +34,7 @@ _KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": 1,
 }
 """Workers of this machine keep memory that is freed for the next batch. By default Dask has them give it back at once:
-half of their time then goes into getting it again."""
+much of their time then goes into getting it again."""
 
 
 @contextmanager
