@@ -246,7 +246,7 @@ def test_trees_that_cannot_be_read_are_refused():
 
 
 @pytest.mark.slow
-def test_a_placement_is_decided_with_the_rest(tmp_path, capsys):
+def test_a_placement_is_decided_with_the_rest(tmp_path, capsys, monkeypatch):
     """The best over placements is the best of the decisions with each of them alone; on the command line, too."""
     deployment, routes = mixture(6, 2, 2), counts_of(SKEWED)
     asked = {"loads": [4.0], "max_draft_length": LONGEST, "acceptance": ConstantAcceptance(0.75)}
@@ -271,9 +271,10 @@ def test_a_placement_is_decided_with_the_rest(tmp_path, capsys):
     command = ["optimize", str(tmp_path / "model.json"), "--arrival-rate", "4", "--max-draft-length", str(LONGEST)]
     command += ["--experts", str(tmp_path / "routing.npz"), "--any-rank-load", "--batch-caps", "4,16"]
     command += ["--prompt-length", "64", "--output-length", "64", "--acceptance-rate", "0.75"]
+    monkeypatch.setenv("COLUMNS", "240")  # no heading wraps
     assert main([*command, "--out", str(tmp_path / "told.json")]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "placed" in shown and "experts, 2 a token, on 2 ranks" in shown
+    shown = capsys.readouterr().out
+    assert "experts placed" in shown and "6 experts, 2 a token, on 2 ranks" in shown
     told = json.loads((tmp_path / "told.json").read_text())
     assert told["experts"]["outcome"] == "successful" and told["table"][0]["placement"] in told["placements"]
     assert told["table"][0]["objective"] == pytest.approx(entry["objective"], rel=1e-9)
