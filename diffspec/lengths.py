@@ -1,8 +1,10 @@
 """The law of output lengths, as representative lengths with their shares: fine in the tails, where percentiles are."""
 
 import math
+from collections.abc import Sequence
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -63,6 +65,23 @@ class Lengths(eqx.Module):
         counts = np.diff(edges)
         means = np.add.reduceat(values, edges[:-1]) / counts
         return cls(jnp.asarray(means / values.mean()), jnp.asarray(counts / _POINTS))
+
+    @classmethod
+    def stacked(cls, scvs: Sequence[float]) -> "Lengths":
+        """Lognormal laws with these squared coefficients of variation, with a leading axis.
+
+        >>> Lengths.stacked([0.0, 0.0]).share.shape, Lengths.stacked([0.0, 1.0]).of(0).scv() < 1e-9
+        ((2, 1), Array(True, dtype=bool))
+        """
+        found = [cls.lognormal(scv) for scv in scvs]
+        if any(scv > 0 for scv in scvs):
+            equal = cls._of(np.ones(_POINTS))
+            found = [law if scv > 0 else equal for scv, law in zip(scvs, found, strict=True)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+    def of(self, place: int) -> "Lengths":
+        """The law at a place of a leading axis."""
+        return Lengths(self.relative[place], self.share[place])
 
     def scv(self) -> Scalar:
         """Squared coefficient of variation [1]."""

@@ -1,6 +1,8 @@
 """Waiting and percentiles of a deployment: :mod:`diffspec.latency_distribution` over what a request costs on it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -8,10 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from diffspec.acceptance import AbstractPositionwise
+from diffspec.company import Company, Pace, steps_law
 from diffspec.configuration import Configuration, batch_cap
-from diffspec.latency_distribution import PERCENTILES, LatencyDistribution, Pace, latency_distribution
+from diffspec.latency_distribution import PERCENTILES, LatencyDistribution, latency_distribution
+from diffspec.latency_laws import ClassLaws, latency_laws
 from diffspec.lengths import Lengths
 from diffspec.parameters import Scalar
+from diffspec.request_cost import RequestCost
+from diffspec.request_mix import mean_workload, request_mix
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
 from diffspec.steady_state import SATURATION_MARGIN
@@ -58,50 +64,136 @@ def predict_distribution(
         raise InputError("percentiles are those of an open loop: give arrival_rate instead of concurrency")
     workload = eqx.tree_at(lambda w: w.output_scv, workload, lengths.scv())
     request = model.request_cost(workload, config)
-    cap = batch_cap(workload, config)
-    number = jnp.arange(1, states + 1, dtype=jnp.result_type(float))
-    cap = jnp.asarray(float(states)) if cap is None else jnp.minimum(cap, float(states))
-    served = jnp.minimum(number, cap)
-    first = jnp.asarray(model.first_token_steps / 1.5, dtype=float)
-    busy = jnp.minimum(served - 1.0, 1.0)
-    chunks = jax.vmap(request.chunks)(served - 1.0)
-    # one of the steps during which a place is held carries the prompt: that many fewer decode at a time
-    shared = (first + chunks) * busy
-    decoding = served * request.steps / jnp.maximum(request.steps + shared, 1e-9)
-    step = jax.vmap(lambda sequences: request.step_parts(sequences).total)(jnp.maximum(decoding, 1e-3))
-    foreign = request.prefill * model.prefill_interference * (served - 1.0)
-    residence = model.request_overhead + request.prefill + foreign + (request.steps + shared) * step
-    m1, m2 = request.moments
-    capacity = served[-1] / residence[-1]
-    prompt_service = None
-    if config.max_batched_tokens is not None:
-        prompt_service = jax.vmap(request.prompt_service)(served)
-        capacity = jnp.minimum(capacity, 1.0 / request.prompt_service(request.most_decoding))
+    cap = _places(batch_cap(workload, config), states)
     rate = jnp.asarray(workload.arrival_rate, dtype=float)
-    return latency_distribution(
-        Pace(
-            residence=residence,
-            step=step,
-            prefill=request.prefill,
-            overhead=jnp.asarray(model.request_overhead, dtype=float),
-            steps=request.steps,
-            tokens_per_step=m1,
-            tokens_square=m2,
-            first_steps=first,
-            chunk_steps=chunks,
-            interference=jnp.asarray(model.prefill_interference, dtype=float),
-            prompt_service=prompt_service,
-            tokens_pmf=_pmf(config),
-        ),
-        jnp.minimum(rate, (1.0 - SATURATION_MARGIN) * capacity),
-        jnp.asarray(workload.output_length, dtype=float),
-        lengths,
-        cap=cap,
-        arrival_scv=workload.arrival_scv,
-        percentiles=percentiles,
-        at=at,
-        means=means,
+    own, company = _met(model, request, rate, cap, states)
+    pace = Pace(**own, tokens_pmf=_pmf(config))
+    law = steps_law(pace, jnp.asarray(workload.output_length, dtype=float), lengths)
+    scv = law.square / jnp.maximum(pace.steps, 1e-12) ** 2 - 1.0
+    company = company(steps=law.steps, share=law.share, service_scv=scv)
+    laws = latency_laws(pace, law, company, cap=cap, arrival_scv=workload.arrival_scv)
+    return latency_distribution(laws, percentiles=percentiles, at=at, means=means)
+
+
+def class_laws(
+    model: ServingModel,
+    workloads: Sequence[Workload],
+    configs: Sequence[Configuration],
+    lengths: Lengths,
+    *,
+    states: int = 256,
+) -> ClassLaws:
+    """The laws of latency of several classes that share the server in open loops (:mod:`diffspec.request_mix`).
+
+    ``lengths``: the laws of output lengths, with a leading axis of classes (:meth:`diffspec.lengths.Lengths.stacked`);
+    ``states`` as in :func:`predict_distribution`. A request of a class is in the company of all: the chain is that of
+    the mean time in service, its own pace that of its class, and others' prompts count by their mean and spread. Scale
+    the laws to the means of :meth:`diffspec.serving.ServingModel.predict_classes` with
+    :meth:`diffspec.latency_laws.ClassLaws.at_means`. Derivation: ours; judged by the simulator in
+    tests/test_request_mix.py.
+
+    >>> from diffspec.step_time import AffineStepTime
+    >>> model = ServingModel(AffineStepTime(verify_base=0.02, verify_sequence=1e-3, prefill_token=1e-4))
+    >>> both = [Workload(100, 51, arrival_rate=1.0), Workload(2000, 21, arrival_rate=0.5)]  # chat, summaries
+    >>> laws = class_laws(model, both, [Configuration()] * 2, Lengths.stacked([0.0, 0.0]), states=64)
+    >>> [round(float(t), 2) for t in laws.percentiles("ttft", jnp.asarray([95.0]))[:, 0]]  # of each class
+    [0.11, 0.3]
+    >>> round(float(laws.percentiles_of_all("ttft", jnp.asarray([95.0]))[0]), 2)
+    0.23
+    """
+    own = [
+        eqx.tree_at(lambda w: w.output_scv, workload, lengths.of(place).scv())
+        for place, workload in enumerate(workloads)
+    ]
+    request = request_mix(model.step_time, own, configs, model.steps_form)
+    share: Any = request.share
+    cap = _places(
+        batch_cap(mean_workload(own, share * request.steps / jnp.sum(share * request.steps)), configs[0]), states
     )
+    rate = sum(jnp.asarray(workload.arrival_rate, dtype=float) for workload in workloads)
+    found = [_pmf(config) for config in configs]
+    pmf = None if any(one is None for one in found) else jnp.stack(found)  # type: ignore[arg-type]
+    pace, company = _met(model, request, rate, cap, states)
+    pace = {name: jnp.broadcast_to(value, (*value.shape[:-1], *share.shape)).T for name, value in pace.items()}
+    pace |= {} if pmf is None else {"tokens_pmf": pmf}
+    output = jnp.asarray([workload.output_length for workload in workloads], dtype=float)
+    law = jax.vmap(lambda pace, output, lengths: steps_law(Pace(**pace), output, lengths))(pace, output, lengths)
+    full = pace["residence"][:, -1]
+    squares = full**2 * jax.vmap(lambda law: law.square)(law) / jnp.maximum(request.steps, 1e-12) ** 2
+    company = company(
+        steps=law.steps.ravel(),
+        share=(share[:, None] * law.share).ravel(),
+        service_scv=request.mean(squares) / request.mean(full) ** 2 - 1.0,
+    )
+    each = jax.vmap(lambda pace, law: latency_laws(Pace(**pace), law, company, cap=cap))(pace, law)
+    decoding = share * jnp.sum(jnp.where(law.tokens > 1.5, law.share, 0.0), axis=1)
+    weights = {"ttft": share, "tpot": decoding, "itl": share * request.steps, "e2e": share}
+    return ClassLaws(each, weights)
+
+
+def _places(cap: Scalar | None, states: int) -> Scalar:
+    """The batch cap [req] that the chain has, its size at most."""
+    return jnp.asarray(float(states)) if cap is None else jnp.minimum(cap, float(states))
+
+
+def _met(model: ServingModel, request: RequestCost, rate: Scalar, cap: Scalar, states: int):
+    """(fields of the pace of a request, the company that it is in) by the number in service, of one class or with an
+    axis of classes behind that of the number; the company wants ``steps``, their ``share`` and ``service_scv`` yet."""
+    first = jnp.asarray(model.first_token_steps / 1.5, dtype=float)
+    overhead = jnp.asarray(model.request_overhead, dtype=float)
+    interference = jnp.asarray(model.prefill_interference, dtype=float)
+    prompts = request.mean(request.prefill)
+    size = request.mean(request.prefill**2) / jnp.maximum(prompts, 1e-30)
+
+    def at(n):
+        """What is met with n in service. One of the steps during which a place is held carries the prompt: that many
+        fewer decode at a time."""
+        chunks = request.chunks(n - 1.0) * jnp.ones_like(request.steps)
+        shared = (first + chunks) * jnp.minimum(n - 1.0, 1.0)
+        decoding = n * request.steps / jnp.maximum(request.steps + shared, 1e-9)
+        step = request.step_parts(jnp.maximum(decoding, 1e-3)).total
+        own = overhead + request.prefill + (request.steps + shared) * step
+        residence = own + request.foreign_prefill(own, interference * (n - 1.0))
+        of_all = (
+            request.mean(residence),
+            request.mean(request.steps * step) / jnp.maximum(request.mean(request.steps), 1e-12),
+            request.mean(request.prefill * chunks) / jnp.maximum(prompts, 1e-30),
+        )
+        if request.budget is None:
+            return (residence, step, chunks), of_all, None
+        service = request.prompt_service(n)
+        return (residence, step, chunks), of_all, (request.mean(service), request.mean(service**2))
+
+    served = jnp.minimum(jnp.arange(1, states + 1, dtype=jnp.result_type(float)), cap)
+    (residence, step, chunks), (mean_residence, mean_step, mean_chunks), service = jax.vmap(at)(served)
+    capacity, budget = served[-1] / mean_residence[-1], {}
+    if service is not None:
+        budget = {"prompt_service": service[0], "prompt_service_square": service[1][-1] / service[0][-1] ** 2}
+        capacity = jnp.minimum(capacity, 1.0 / request.mean(request.prompt_service(request.most_decoding)))
+    rate = jnp.minimum(rate, (1.0 - SATURATION_MARGIN) * capacity)
+    pace: dict[str, Any] = {
+        "residence": residence,
+        "step": step,
+        "prefill": request.prefill,
+        "overhead": overhead,
+        "steps": request.steps,
+        "tokens_per_step": request.moments[0],
+        "tokens_square": request.moments[1],
+        "first_steps": first,
+        "chunk_steps": chunks,
+    }
+    company = partial(
+        Company,
+        residence=mean_residence,
+        step=mean_step,
+        arrival_rate=rate,
+        foreign=size * interference,
+        prompt_rate=rate * prompts / jnp.maximum(size, 1e-30),
+        chunk_steps=mean_chunks,
+        prefill=prompts,
+        **budget,
+    )
+    return pace, company
 
 
 def _pmf(config: Configuration):

@@ -13,7 +13,7 @@ from scipy import integrate, stats
 from diffspec import percentiles
 from diffspec.acceptance import ConstantAcceptance, steps_of_short_outputs, steps_per_request_exact
 from diffspec.configuration import Configuration
-from diffspec.latency_distribution import _correlated
+from diffspec.latency_laws import _correlated
 from diffspec.lengths import Lengths
 from diffspec.percentiles import states_for
 from diffspec.results import InputError
