@@ -179,7 +179,7 @@ def latency_laws(
     foreign, prompt_rate = company.foreign, company.prompt_rate
     stall = jnp.minimum(prompt_rate * foreign, 0.95)  # share of time that others' prompts take
     tokens, steps, by_acceptance = law.tokens, law.steps, law.by_acceptance
-    by_prefill = stall * foreign * mean_pace  # of every step: Poisson numbers of prompts
+    by_prefill = stall * foreign * mean_pace / (1.0 - stall) ** 2  # of every step: prompts come during prompts, too
     mean_steps = jnp.maximum(company.share @ company.steps, _SMALL)
     correlated = partial(_correlated, lengths=company.steps, share=company.share, mean_steps=mean_steps)
     variance = spread * correlated(steps, correlation_steps=correlation_steps)
