@@ -179,7 +179,11 @@ def latency_laws(
     foreign, prompt_rate = company.foreign, company.prompt_rate
     stall = jnp.minimum(prompt_rate * foreign, 0.95)  # share of time that others' prompts take
     tokens, steps, by_acceptance = law.tokens, law.steps, law.by_acceptance
-    by_prefill = stall * foreign * mean_pace / (1.0 - stall) ** 2  # of every step: prompts come during prompts, too
+    waits = jnp.clip(chain.waiting_probability, _SMALL, 1.0 - _SMALL)
+    # prompts come in Poisson numbers and during prompts (a delay cycle) while there are places; into a full batch as
+    # requests leave, whose number during a service varies as services do: not at all where all are equally long
+    free, full = (1.0 - waits) / (1.0 - stall * (1.0 - waits)) ** 2, waits * jnp.clip(company.service_scv, 0.0, 1.0)
+    by_prefill = stall * foreign * mean_pace * (free + full)  # of every step
     mean_steps = jnp.maximum(company.share @ company.steps, _SMALL)
     correlated = partial(_correlated, lengths=company.steps, share=company.share, mean_steps=mean_steps)
     variance = spread * correlated(steps, correlation_steps=correlation_steps)
@@ -189,7 +193,6 @@ def latency_laws(
     service_scv = queue_scv(company.service_scv, last * foreign / company.residence[-1])
     load = jnp.minimum(chain.load, 1.0 - 1e-9)
     waiting = chain.waiting_time * waiting_factor(load, last, service_scv, arrival_scv)
-    waits = jnp.clip(chain.waiting_probability, _SMALL, 1.0 - _SMALL)
     wait_if = waiting / waits
 
     # the first token: the rest of the step under way, then the step that carries the prompt, and others' prompts in it

@@ -1,11 +1,12 @@
 """Waiting and percentiles of the model against the discrete-event simulator.
 
-    python experiments/04_physics_against_simulator/run.py [--quick] [--out FOLDER]
+    python experiments/04_physics_against_simulator/run.py [--quick] [--stored] [--out FOLDER]
 
 Every cell is a cap on the batch, a draft length, a law of output lengths and a load as a share of capacity. Both sides
 have the same step time and nothing else in common. A statistic is `undecided` where the simulator's own half width is
 above a third of the tolerance (mean 3 %, p50 to p95 8 %, p99 12 %); 0.98 of capacity is reported and not judged. The
-server is synthetic: its step time is stated below, not measured.
+server is synthetic: its step time is stated below, not measured. After a change of the model alone, `--stored` takes
+the simulator's side, which has not changed, from results.json: seconds in place of half an hour.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from diffspec import (  # noqa: E402
 )
 from diffspec.lengths import Lengths  # noqa: E402
 from diffspec.percentiles import predict_distribution  # noqa: E402
-from diffspec.simulating import Engine, Requests, draw_requests, replay  # noqa: E402
+from diffspec.simulating import Engine, Estimate, Requests, draw_requests, replay  # noqa: E402
 
 SERVER = RooflineStepTime(
     weight_read=6e-3, token_compute=4e-5, kv_read=6e-8, prefill_token=2e-5, draft=DraftCost(pass_base=5e-4)
@@ -78,19 +79,24 @@ def simulated(rate: float, cap: int, k: int, law: str, n_requests: int):
     return replay(SERVER, runs, Engine(k, (ALPHA,) * k, max_batch_size=cap), margin=margin, seed=1)
 
 
-def judge(cap: int, k: int, law: str, load: float, n_requests: int) -> dict:
-    """One cell: error of every statistic, the simulator's half width, and the verdict."""
+def judge(cap: int, k: int, law: str, load: float, n_requests: int, stored: dict | None = None) -> dict:
+    """One cell: error of every statistic, the simulator's half width, and the verdict; ``stored``: the same cell with
+    the simulator's numbers."""
     config = Configuration(float(k), ConstantAcceptance(ALPHA), max_batch_size=float(cap))
     rate = load * float(MODEL.predict(Workload(PROMPT, OUTPUT, arrival_rate=1.0), config).capacity)
     model = model_of(rate, float(cap), float(k), LAWS[law][0])
-    found = simulated(rate, cap, k, law, n_requests)
+    found = None if stored else simulated(rate, cap, k, law, n_requests)
     cell: dict = {"cap": cap, "draft_length": k, "lengths": law, "load": load, "statistics": {}}
     for metric in ("ttft", "tpot", "e2e"):
         for name, tolerance in TOLERANCE.items():
             if metric == "tpot" and name == "mean":
                 continue
             place = list(TOLERANCE).index(name) - 1
-            estimate = found.mean(metric) if name == "mean" else found.percentile(metric, float(name[1:]))
+            if found is None:
+                known = stored["statistics"][f"{metric} {name}"]
+                estimate = Estimate(known["simulated"], known["half_width"])
+            else:
+                estimate = found.mean(metric) if name == "mean" else found.percentile(metric, float(name[1:]))
             predicted = getattr(model, f"{metric}_mean") if name == "mean" else getattr(model, metric)[place]
             error = float(predicted) / estimate.value - 1.0
             verdict = "within" if abs(error) <= tolerance else "beyond"
@@ -159,11 +165,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="few requests: most cells stay undecided")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
+    parser.add_argument("--stored", action="store_true", help="take the simulator's side from results.json in --out")
     options = parser.parse_args()
-    start, cells = time.monotonic(), []
+    start, cells, stored = time.monotonic(), [], {}
+    if options.stored:
+        known = json.loads((options.out / "results.json").read_text())
+        stored = {tuple(cell[name] for name in ("cap", "draft_length", "lengths", "load")): cell for cell in known}
     for cap, k, law, load in product(CAPS, DRAFTS, LAWS, LOADS):
         many = 300 if options.quick else 3000 if load < 0.8 else 12000
-        cells.append(judge(cap, k, law, load, many))
+        cells.append(judge(cap, k, law, load, many, stored.get((cap, k, law, load))))
         e2e = cells[-1]["statistics"]["e2e mean"]
         print(
             f"cap {cap:3d} k {k} {law:9s} load {load:.2f}: e2e mean {e2e['error']:+.1%}, {e2e['verdict']}", flush=True
