@@ -95,11 +95,11 @@ def class_laws(
     >>> from diffspec.step_time import AffineStepTime
     >>> model = ServingModel(AffineStepTime(verify_base=0.02, verify_sequence=1e-3, prefill_token=1e-4))
     >>> both = [Workload(100, 51, arrival_rate=1.0), Workload(2000, 21, arrival_rate=0.5)]  # chat, summaries
-    >>> laws = class_laws(model, both, [Configuration()] * 2, Lengths.stacked([0.0, 0.0]), states=64)
-    >>> [round(float(t), 2) for t in laws.percentiles("ttft", jnp.asarray([95.0]))[:, 0]]  # of each class
-    [0.11, 0.3]
-    >>> round(float(laws.percentiles_of_all("ttft", jnp.asarray([95.0]))[0]), 2)
-    0.23
+    >>> def in_time(model):
+    ...     laws = class_laws(model, both, [Configuration()] * 2, Lengths.stacked([0.0, 0.0]), states=64)
+    ...     return laws.probability("e2e", jnp.full(2, 1.5))
+    >>> [round(float(share), 2) for share in jax.jit(in_time)(model)]
+    [0.78, 1.0]
     """
     own = [
         eqx.tree_at(lambda w: w.output_scv, workload, lengths.of(place).scv())

@@ -18,12 +18,14 @@ tests/test_request_mix.py.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from diffspec.acceptance import StepsForm
 from diffspec.configuration import Configuration
+from diffspec.parameters import Scalar
 from diffspec.request_cost import RequestCost, request_cost
 from diffspec.results import InputError
 from diffspec.step_time import AbstractStepTime, BatchState, scaled
@@ -54,17 +56,12 @@ def request_mix(
         for workload, config in zip(workloads, configs, strict=True)
     ]
 
-    def column(values):
-        return jnp.stack([jnp.asarray(value, dtype=float) for value in values])
-
-    rates = column([workload.arrival_rate for workload in workloads])
-    steps, query = column([cost.steps for cost in each]), column([cost.query_tokens for cost in each])
-    context = column([w.prompt_length + 0.5 * w.output_length * (1.0 + w.output_scv) for w in workloads])
-    longest = column([jnp.asarray(c.draft_length, dtype=float) * c.draft_probability for c in configs])
+    rates = _column([workload.arrival_rate for workload in workloads])
+    steps, query = _column([cost.steps for cost in each]), _column([cost.query_tokens for cost in each])
+    context = _contexts(workloads)
     mix = rates * steps / jnp.maximum(jnp.sum(rates * steps), 1e-30)
     shared = scaled(step_time, verifier=configs[0].verifier_scale, drafter=configs[0].drafter_scale)
-    ordered = jnp.sort(longest)
-    beyond = longest[None, :] >= ordered[:, None]  # [draft length, class]: drafts that far
+    ordered, beyond = _drafts(configs)
 
     def passes(others):
         """[classes] draft passes of a step over so many others and one of the class."""
@@ -91,17 +88,59 @@ def request_mix(
         return jax.vmap(of_class)(others, own, query, context, passes(others))
 
     return RequestCost(
-        prefill=column([cost.prefill for cost in each]),
+        prefill=_column([cost.prefill for cost in each]),
         steps=steps,
-        tokens_per_step=column([cost.tokens_per_step for cost in each]),
-        spread=column([cost.spread for cost in each]),
-        moments=(column([cost.moments[0] for cost in each]), column([cost.moments[1] for cost in each])),
+        tokens_per_step=_column([cost.tokens_per_step for cost in each]),
+        spread=_column([cost.spread for cost in each]),
+        moments=(_column([cost.moments[0] for cost in each]), _column([cost.moments[1] for cost in each])),
         step_parts=step_parts,
-        prompt_tokens=column([cost.prompt_tokens for cost in each]),
+        prompt_tokens=_column([cost.prompt_tokens for cost in each]),
         query_tokens=query,
         budget=each[0].budget,
         share=rates / jnp.sum(rates),
     )
+
+
+def mean_step(
+    request: RequestCost, workloads: Sequence[Workload], configs: Sequence[Configuration], batch
+) -> tuple[BatchState, Scalar]:
+    """(the mean step while anybody is there, tokens [tok] that a sequence gains in it) of the cost of
+    :func:`request_mix`, with ``batch`` [req] decoding on average, Poisson in number and of random classes.
+
+    sequences = batch/(1 - exp(-batch)), and the drafter goes beyond x where anybody drafts that far:
+    P = (1 - exp(-batch*share of those that do))/(1 - exp(-batch)).
+    """
+    share: Any = request.share
+    mix = share * request.steps / request.mean(request.steps)
+    ordered, beyond = _drafts(configs)
+    batch = jnp.maximum(batch, 1e-9)
+    busy = -jnp.expm1(-batch)
+    anybody = -jnp.expm1(-batch * jnp.sum(jnp.where(beyond, mix, 0.0), axis=1)) / busy
+    sequences, query = batch / busy, mix @ request.query_tokens
+    state = BatchState(
+        sequences=sequences,
+        query_tokens=sequences * query,
+        kv_tokens=sequences * (mix @ _contexts(workloads)),
+        draft_passes=anybody @ jnp.diff(ordered, prepend=0.0),
+        draft_tokens=sequences * (query - 1.0),
+    )
+    return state, mix @ request.tokens_per_step
+
+
+def _column(values):
+    return jnp.stack([jnp.asarray(value, dtype=float) for value in values])
+
+
+def _contexts(workloads: Sequence[Workload]):
+    """[classes] cached tokens of a decoding sequence: long requests are in service for longer."""
+    return _column([w.prompt_length + 0.5 * w.output_length * (1.0 + w.output_scv) for w in workloads])
+
+
+def _drafts(configs: Sequence[Configuration]):
+    """(the classes' draft passes in increasing order, [draft length, class] which of them drafts that far)."""
+    longest = _column([jnp.asarray(c.draft_length, dtype=float) * c.draft_probability for c in configs])
+    ordered = jnp.sort(longest)
+    return ordered, longest[None, :] >= ordered[:, None]
 
 
 def mean_workload(workloads: Sequence[Workload], mix) -> Workload:

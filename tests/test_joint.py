@@ -242,7 +242,7 @@ def test_the_solver_agrees_with_slsqp():
             "two entries",
         ),
         ("- {name: a, prompt_length: 1, output_length: 2, acceptance_rate: 70}", "acceptance_rate: got 70"),
-        ("- {name: a, prompt_length: 1, output_length: 2, slo: ['ttft<1']}", "unknown metric"),
+        ("- {name: a, prompt_length: 1, output_length: 2, slo: ['ttft_p97<1']}", "unknown metric"),
     ],
 )
 def test_classes_that_cannot_be_read_are_refused(text, sentence):

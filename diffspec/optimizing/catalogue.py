@@ -11,7 +11,8 @@ import yaml
 
 from diffspec.acceptance import AbstractAcceptance, ConstantAcceptance, PositionAcceptance
 from diffspec.fitting.deployment import FittedDeployment
-from diffspec.optimizing.limits import Limit, parse_limit
+from diffspec.optimizing.limits import LIMITED, PERCENTILE_METRICS, Limit, parse_limit
+from diffspec.optimizing.question import PER_REQUEST
 from diffspec.results import InputError
 from diffspec.trees import check_probabilities
 from diffspec.workload import check_range
@@ -44,6 +45,7 @@ DRAFTERS_EXAMPLE = """drafters:
 """
 
 
+LIMITED_OF_CLASS = (*LIMITED, *PERCENTILE_METRICS, "goodput", *PER_REQUEST)
 MOST_NODES = 32
 """Drafted tokens of the largest tree to consider, unless told."""
 
@@ -118,7 +120,7 @@ def parse_classes(text: str, source: str = "classes") -> tuple[RequestClass, ...
         slo = [slo] if isinstance(slo, str) else slo
         if not isinstance(slo, list):
             raise InputError(f"{where}: slo: got {slo!r}; allowed: a list of limits such as ['ttft_mean<0.5']")
-        limits = tuple(parse_limit(str(limit)) for limit in slo)
+        limits = tuple(parse_limit(str(limit), LIMITED_OF_CLASS) for limit in slo)
         found.append(RequestClass(name, acceptance=acceptance, limits=limits, **numbers))
     total = sum(one.share for one in found)
     return tuple(RequestClass(**{**vars(one), "share": one.share / total}) for one in found)

@@ -33,7 +33,7 @@ from diffspec.optimizing.joint_answer import (
     value_of,
     violations,
 )
-from diffspec.optimizing.joint_arms import ANY, arms_of
+from diffspec.optimizing.joint_arms import ANY, arms_of, largest_batch, looking_at, with_percentiles
 from diffspec.optimizing.joint_draws import (
     Contender,
     contenders,
@@ -43,63 +43,24 @@ from diffspec.optimizing.joint_draws import (
     roomiest,
     shortlist,
 )
-from diffspec.optimizing.joint_problem import (
-    COST,
-    LIMITED_JOINTLY,
-    ClassLimit,
-    Objective,
-    Shapes,
-    parse_objective,
-    shapes_of,
-)
+from diffspec.optimizing.joint_problem import COST, excesses
+from diffspec.optimizing.joint_question import Question, read_joint_question
 from diffspec.optimizing.joint_search import (
     STARTS,
     Arm,
     Ranges,
     Scored,
     as_reals,
+    excess_slopes,
     first,
     joined,
     relaxed,
     rounded,
     score,
 )
-from diffspec.optimizing.limits import check_loads, parse_limit
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
 from diffspec.workload import check_range
-
-MOST_POINTS = 1_000_000
-"""Whole points of all loads that are evaluated one by one; above it the relaxed and rounded answer stands alone."""
-
-
-class Question(NamedTuple):
-    """What is asked of every arm: see :func:`optimize_jointly`."""
-
-    classes: Sequence[RequestClass]
-    shapes: Shapes
-    goal: Objective
-    limits: tuple[ClassLimit, ...]
-    ranges: Ranges
-    loads: Sequence[float]
-    replicas: Sequence[int]
-    exhaustive: bool
-    risk: float | None
-
-    @property
-    def sharing(self) -> list[int]:
-        """How many replicas share each load of :attr:`each`."""
-        return [*self.replicas] * len(self.loads)
-
-    @property
-    def each(self) -> list[float]:
-        """Loads [req/s] of one replica: by load, then by replicas."""
-        return [load / replicas for load in self.loads for replicas in self.replicas]
-
-    def lane(self, solution: Solution, load: int, replicas: int) -> int:
-        """The best start of a relaxed problem at a load and a number of replicas, by their places."""
-        start = (load * len(self.replicas) + replicas) * len(STARTS)
-        return solution.best(slice(start, start + len(STARTS)))
 
 
 def optimize_jointly(
@@ -128,9 +89,12 @@ def optimize_jointly(
       budget and depth is a candidate. ``batch_caps`` [req]: candidates, default the measured cap
     * ``replicas``: how many may share the load evenly, whole numbers; ``placements``: of a mixture's experts, by name
     * ``acceptance``: of drafters and classes that have none; default the deployment's own
-    * ``slo``: limits on the mean over all requests, on ``utilization`` or on ``cost``; classes have their own
-    * ``objective``: a mean latency, ``cost`` (of a million output tokens; equal ones are told apart by the mean e2e
-      latency), a weighted sum of them, or ``capacity`` (of all replicas, made large)
+    * ``slo``: limits on means, percentiles (``"ttft_p95<0.5"``) and throughput of all requests, on ``utilization``,
+      ``cost`` and ``energy``; classes have their own. ``"ttft<0.5"``: one that each request keeps or not, which
+      ``goodput`` counts (:mod:`diffspec.optimizing.joint_tails`)
+    * ``objective``: a mean latency, a percentile of all requests, ``cost`` or ``energy`` [J] (of a million output
+      tokens; equal costs are told apart by the mean e2e latency), a weighted sum of these, or ``capacity`` or
+      ``goodput`` [req/s] (of all replicas, made large)
     * ``cost_per_hour``: of a device (:func:`diffspec.optimizing.servers.prices`), where the cost is asked about
     * ``risk`` [1]: choose by the cost that this share of the draws does not exceed, among the shortlist of
       :mod:`diffspec.optimizing.joint_draws`; None: by the model as it is. ``draws``: serving models with a leading
@@ -150,37 +114,37 @@ def optimize_jointly(
 
     Errors: :class:`InputError` for unknown names, loads that do not increase, or ranges.
     """
-    goal, shapes = parse_objective(objective), shapes_of(classes)
-    limits = tuple(ClassLimit(None, parse_limit(text, LIMITED_JOINTLY)) for text in slo)
-    limits += tuple(ClassLimit(number, limit) for number, one in enumerate(classes) for limit in one.limits)
-    _check(loads, classes, max_draft_length, batch_caps, replicas, risk)
-    priced = COST in {name for _, name in goal.terms} | {entry.limit.metric for entry in limits}
-    if priced and cost_per_hour is None:
-        raise InputError("cost: needs the price of a device; allowed: cost_per_hour (--cost-per-hour)")
-    report = progress or (lambda what, share: None)
+    for cap in batch_caps:
+        check_range("batch_caps", float(cap), 1, 1e8, low_open=False, unit="req")
     known_cap = deployment.defaults.get("max_batch_size")
     caps = tuple(sorted({float(cap) for cap in batch_caps})) or (UNCAPPED if known_cap is None else float(known_cap),)
-    ranges = Ranges(max_draft_length, caps)
+    asked = read_joint_question(classes, objective, slo, Ranges(max_draft_length, caps), loads, replicas, risk)
+    if COST in asked.looked_at and cost_per_hour is None:
+        raise InputError("cost: needs the price of a device; allowed: cost_per_hour (--cost-per-hour)")
+    goal, shapes, limits, ranges = asked.goal, asked.shapes, asked.limits, asked.ranges
+    report = progress or (lambda what, share: None)
     given = {"max_batched_tokens": max_batched_tokens, "cost_per_hour": cost_per_hour, "draws": draws}
     arms = arms_of(deployment, drafters, classes, ranges, acceptance, placements or {}, **given)
+    tails = asked.tails(largest_batch(arms, asked))
+    arms = [looking_at(arm, tails, asked) for arm in arms]
     sure = all(arm.models is not None for arm in arms)
     if risk is not None and not sure:
         raise InputError(f"risk: got {risk:g}, but {NO_INTERVALS}")
-    total = sum(ranges.points(arm, len(classes)) for arm in arms) * len(loads) * len(replicas)
-    asked = Question(classes, shapes, goal, limits, ranges, loads, sorted(set(replicas)), total <= MOST_POINTS, risk)
+    total = sum(ranges.points(arm, len(classes)) for arm in arms) * len(loads) * len(asked.replicas)
+    asked = asked._replace(exhaustive=total <= asked.most_points)
     solved = []
     for number, arm in enumerate(arms):
         report(f"{arm.name}: relaxed", 0.6 * number / len(arms))
         solved.append(relaxed(arm, shapes, goal, limits, asked.each, ranges, replicas=asked.sharing))
     between = _between(asked, arms, drafters)
     (own,) = arms_of(deployment, (), classes, ranges, acceptance or ANY, {}, **given)
-    own = own if deployment.plain_measured else None
+    own = looking_at(own, tails, asked) if deployment.plain_measured else None
     table, varied = [], []
     for i, load in enumerate(loads):
         report(f"{load:g} req/s: whole points", 0.6 + 0.4 * i / len(loads))
         entry, interval = _decide(asked, i, arms, own, solved, sure)
         place = asked.replicas.index(entry["replicas"])
-        size = None if between is None else between[i * len(asked.replicas) + place]
+        size = None if between is None else between[entry["placement"]][i * len(asked.replicas) + place]
         table.append(entry | {"drafter_size": size})
         varied.append({"load": float(load)} | interval)
     report("done", 1.0)
@@ -190,7 +154,7 @@ def optimize_jointly(
     return {
         "outcome": "successful" if feasible else "saturated" if saturated else "infeasible",
         "objective": goal.text,
-        "limits": [limit.text(classes) for limit in limits],
+        "limits": [limit.text(classes) for limit in (*limits, *asked.within)],
         "loop": "arrival_rate",
         "risk": risk,
         "deployment": deployment.name,
@@ -207,25 +171,9 @@ def optimize_jointly(
     }
 
 
-def _check(loads, classes, longest, caps, replicas, risk) -> None:
-    check_loads(loads, "arrival_rate", longest)
-    if not classes:
-        raise InputError("classes: got none; allowed: at least one")
-    names = [one.name for one in classes]
-    if len(names) > len(set(names)) or (len(names) > 1 and "all" in names):
-        raise InputError(f"classes: got the names {', '.join(names)}; allowed: each once, and none called 'all'")
-    if abs(sum(one.share for one in classes) - 1.0) > 1e-6:
-        raise InputError(f"classes: got shares that sum to {sum(one.share for one in classes):g}; allowed: to 1")
-    for cap in caps:
-        check_range("batch_caps", float(cap), 1, 1e8, low_open=False, unit="req")
-    if not replicas or any(number != int(number) or not 1 <= number <= 1e6 for number in replicas):
-        raise InputError(f"replicas: got {list(replicas)}; allowed: whole numbers, 1 to 1000000")
-    check_range("risk", risk, 0, 1, low_open=True, unit="(share of the draws)")
-
-
-def _between(asked: Question, arms, drafters) -> list[dict[str, Any]] | None:
-    """The best real size of a drafter at each load of a replica, where the catalogue tells how acceptance follows
-    size."""
+def _between(asked: Question, arms, drafters) -> dict[str | None, list[dict[str, Any]]] | None:
+    """By placement, the best real size of a drafter at each load of a replica, where the catalogue tells how acceptance
+    follows size."""
     family = [choice for choice in drafters if choice.drafter_params is not None and choice.deployment is None]
     family = [choice for choice in family if not choice.draws_trees]
     try:
@@ -233,9 +181,14 @@ def _between(asked: Question, arms, drafters) -> list[dict[str, Any]] | None:
     except InputError:
         return None
     sizes = sorted(math.log(choice.drafter_params) for choice in family)  # type: ignore[arg-type]
-    arm = next(arm for arm in arms if arm.name == family[0].name)
+    placed = [arm for arm in arms if arm.name == family[0].name]  # one for each placement
+    return {arm.placement: _between_on(asked, arm, by_size, (sizes[0], sizes[-1])) for arm in placed}
+
+
+def _between_on(asked: Question, arm: Arm, by_size, ends: tuple[float, float]) -> list[dict[str, Any]]:
+    """:func:`_between` on the placement of an arm of the family."""
     drafted = arm.drafted._replace(by_size=(np.asarray(by_size[0]), np.asarray(by_size[1])))
-    arm, ends, loads, count = arm._replace(drafted=drafted), (sizes[0], sizes[-1]), asked.each, len(asked.classes)
+    arm, loads, count = arm._replace(drafted=drafted), asked.each, len(asked.classes)
     solution = relaxed(arm, asked.shapes, asked.goal, asked.limits, loads, asked.ranges, ends, asked.sharing)
     told = []
     for i in range(len(loads)):
@@ -328,7 +281,9 @@ def _decide(asked: Question, i: int, arms: list[Arm], own: Arm | None, solved, s
     else:
         winner, interval, at_risk = min(found.best, key=lambda one: one.key), {}, None
     kept = None if at_risk is None else math.isfinite(at_risk)
-    entry = _entry(asked, load, arms[winner.arm], winner.point, plain, kept)
+    arm = arms[winner.arm]
+    told = with_percentiles(arm, winner.point, load / int(winner.point.replicas[0]), asked)
+    entry = _entry(asked, load, arm, told, plain, kept)
     entry |= _relaxed_entry(asked, i, arms[winner.arm], solved[winner.arm], winner.point)
     if at_risk is not None:
         entry["risk_objective"] = finite(value_of(asked.goal, at_risk)) if kept else None
@@ -339,10 +294,12 @@ def _decide(asked: Question, i: int, arms: list[Arm], own: Arm | None, solved, s
     judged = asked.exhaustive and entry["feasible"] and attempt.rank[0] < 1e6 and asked.risk is None
     gap = max(float(np.expm1(attempt.cost[0] - winner.point.cost[0])), 0.0) if judged else None
     lost = bool(alike.saturated[0])
+    one = point_told(alike, arms[found.alike.arm], asked.classes, asked.goal, asked.shapes)
     return entry | {
         "common": {
             "drafter": arms[found.alike.arm].name,
             "draft_length": int(alike.points[0, 0]),
+            "tree": one["tree"],
             "objective": None if lost else finite(value_of(asked.goal, alike.cost[0])),
             "feasible": bool(alike.worst[0] <= 0 and not lost),
         },
@@ -370,7 +327,8 @@ def _entry(
         base = plain[asked.replicas.index(int(point.replicas[0]))].point
         speedup = None if base.saturated[0] else finite(math.exp(base.e2e[0] - point.e2e[0]))
     spare = 1.0 - float(point.metrics["utilization"][0, 0])
-    headroom = min(spare, float(-np.expm1(point.worst[0]))) if asked.limits else spare
+    beyond = excesses(asked.limits, point.metrics, asked.shapes.share, int(point.replicas[0]))
+    headroom = min([spare, *(float(-np.expm1(np.asarray(excess)[0])) for excess in beyond)])
     headroom = headroom if feasible else None
     return {
         "load": float(load),
@@ -386,7 +344,10 @@ def _entry(
 def _relaxed_entry(asked: Question, i: int, arm: Arm, solution: Solution, point: Scored) -> dict[str, Any]:
     replicas = int(point.replicas[0])
     lane = asked.lane(solution, i, asked.replicas.index(replicas))
+    slopes = excess_slopes(
+        arm, asked.shapes, asked.limits, asked.loads[i] / replicas, solution.x[lane], asked.ranges, replicas
+    )
     return {
         "relaxed": relaxed_told(solution, lane, arm, asked.goal, asked.classes, asked.ranges, replicas),
-        "shadow_prices": shadow_prices(solution, lane, asked.goal, asked.limits, asked.classes),
+        "shadow_prices": shadow_prices(solution, lane, asked.goal, asked.limits, asked.classes, slopes),
     }

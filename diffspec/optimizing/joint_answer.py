@@ -11,28 +11,26 @@ from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.observations import UNCAPPED
 from diffspec.optimizing.catalogue import RequestClass
 from diffspec.optimizing.constrained import Solution, tied_groups
-from diffspec.optimizing.joint_problem import Objective, excesses, over_all
+from diffspec.optimizing.joint_problem import ADDED_UP, Objective, excesses, over_all
 from diffspec.optimizing.joint_search import Arm, Ranges, Scored, as_reals, relaxable
 from diffspec.serving import MOST_STATES
 
 
 def value_of(goal: Objective, cost: float, replicas: int = 1) -> float:
-    """The objective of a log cost; a relaxed capacity is that of one of the ``replicas``."""
-    return float(replicas * np.exp(-cost) if goal.text == "capacity" else np.exp(cost))
+    """The objective of a log cost; a relaxed capacity or goodput is that of one of the ``replicas``."""
+    return float(replicas * np.exp(-cost) if goal.made_large else np.exp(cost))
 
 
 def point_told(point: Scored, arm: Arm, classes, goal, shapes) -> dict[str, Any]:
     """What a whole point is, and what it does for each class and for all."""
     count = len(classes)
     replicas, hidden = int(point.replicas[0]), bool(point.saturated[0])
-    metrics = {
-        name: values * (replicas if name in ("capacity", "throughput") else 1) for name, values in point.metrics.items()
-    }
+    metrics = {name: values * (replicas if name in ADDED_UP else 1) for name, values in point.metrics.items()}
+    names = [name for name in metrics if " " not in name]  # tails, and what is of all, have names of two words
     of_class = {
-        one.name: {name: finite(values[0, number]) for name, values in metrics.items()}
-        for number, one in enumerate(classes)
+        one.name: {name: finite(metrics[name][0, number]) for name in names} for number, one in enumerate(classes)
     }
-    of_all = {name: finite(over_all(name, values, shapes.share)[0]) for name, values in metrics.items()}
+    of_all = {name: finite(over_all(name, metrics, shapes.share)[0]) for name in names}
     cap, shape = (float(value) for value in point.points[0, count : count + 2])
     return {
         "draft_lengths": {one.name: int(point.points[0, number]) for number, one in enumerate(classes)},
@@ -78,25 +76,27 @@ def relaxed_told(
         "tree": None if arm.trees is None else {"width": real.width, "nodes": real.nodes},
         "max_batch_size": real.cap if len(ranges.caps) > 1 else None,
         "objective": finite(value_of(goal, float(solution.value[lane]), replicas)) if own else None,
-        "stationarity": float(solution.stationarity[lane]),
+        "stationarity": finite(solution.stationarity[lane]),
         "tied": [[classes[number].name for number in sorted(group)] for group in groups if len(group) > 1],
         "complementarity": float(solution.complementarity[lane]),
         "violation": float(solution.violation[lane]),
     }
 
 
-def shadow_prices(solution: Solution, lane: int, goal, limits, classes) -> list[dict[str, Any]]:
+def shadow_prices(solution: Solution, lane: int, goal, limits, classes, slopes) -> list[dict[str, Any]]:
     """Of each limit: whether it is active in the relaxed problem, and by how many percent one percent more room betters
-    the objective (an elasticity: the multiplier, since costs and excesses are logarithms). Empty where the relaxed
-    problem has no feasible point: no room has a price there."""
+    the objective (an elasticity: the multiplier, since costs and excesses are logarithms, times ``slopes`` [limits], by
+    how much one percent more room lowers the excess). Empty where the relaxed problem has no feasible point: no room
+    has a price there."""
     if solution.violation[lane] > 1e-3 or relaxable(goal) is not goal:  # a price alone does not move with reals
         return []
     told = []
     for number, entry in enumerate(limits):
-        price, excess = float(solution.multipliers[lane, number]), float(solution.excess[lane, number])
+        price = float(solution.multipliers[lane, number] * max(slopes[number], 0.0))
+        excess = float(solution.excess[lane, number])
         upper = entry.limit.sign > 0
         room = f"{'relaxing' if upper else 'lowering'} {entry.text(classes)} by 10 %"
-        gain = "raises" if goal.text == "capacity" else "lowers"
+        gain = "raises" if goal.made_large else "lowers"
         told.append(
             {
                 "limit": entry.text(classes),
@@ -110,18 +110,17 @@ def shadow_prices(solution: Solution, lane: int, goal, limits, classes) -> list[
 
 def violations(point: Scored, limits, classes, shapes, load) -> dict[str, Any]:
     if point.saturated[0]:
-        capacity = float(point.replicas[0] * over_all("capacity", point.metrics["capacity"], shapes.share)[0])
+        capacity = float(point.replicas[0] * over_all("capacity", point.metrics, shapes.share)[0])
         return {"capacity": {"value": finite(capacity), "bound": float(load), "shortfall": finite(load - capacity)}}
     broken = {}
     replicas = int(point.replicas[0])
     for entry, excess in zip(limits, excesses(limits, point.metrics, shapes.share, replicas), strict=True):
         if float(np.asarray(excess)[0]) > 0:
-            values = point.metrics[entry.limit.metric] * (replicas if entry.limit.metric == "throughput" else 1)
+            metric, number = entry.limit.metric, entry.number
             value = (
-                over_all(entry.limit.metric, values, shapes.share)[0]
-                if entry.number is None
-                else values[0, entry.number]
+                over_all(metric, point.metrics, shapes.share) if number is None else point.metrics[metric][:, number]
             )
+            value = value[0] * (replicas if metric in ADDED_UP else 1)
             broken[entry.text(classes)] = {"value": finite(value), "bound": entry.limit.bound}
     return broken
 

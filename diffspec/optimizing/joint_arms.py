@@ -1,10 +1,13 @@
 """What a joint decision chooses among, as arrays: every drafter of the catalogue on every placement of experts."""
 
+import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance, ConstantAcceptance
@@ -13,10 +16,13 @@ from diffspec.experts import CoverageTable
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.observations import states_of
 from diffspec.fitting.uncertainty import DRAWS
+from diffspec.optimizing.candidates import NO_ENERGY
 from diffspec.optimizing.catalogue import DrafterChoice, RequestClass
 from diffspec.optimizing.expert_search import routed, routed_draws
-from diffspec.optimizing.joint_problem import Drafted
-from diffspec.optimizing.joint_search import Arm, Ranges
+from diffspec.optimizing.joint_problem import Drafted, evaluate_points
+from diffspec.optimizing.joint_question import Question
+from diffspec.optimizing.joint_search import Arm, Ranges, Scored
+from diffspec.optimizing.joint_tails import Tails, of_all
 from diffspec.optimizing.servers import prices, server_of
 from diffspec.results import InputError
 from diffspec.serving import MOST_STATES, ServingModel
@@ -103,6 +109,50 @@ def _arm(own: FittedDeployment, choice: DrafterChoice, classes, ranges: Ranges, 
     )
     size = float(choice.drafter_params or reference)
     return Arm(choice.name, deployment, size, drafted, deployment.plain_measured, trees, choice.max_nodes)
+
+
+def largest_batch(arms: Sequence[Arm], asked: Question) -> float:
+    """The largest mean number of requests [req] in the system of one replica, over points at which classes draft alike
+    and that are not saturated: how long a chain of requests must be where no cap bounds it."""
+    most, count = 1.0, len(asked.classes)
+    if max(asked.ranges.caps) <= MOST_STATES:
+        return most
+    for arm, load in itertools.product(arms, sorted(set(asked.each))):
+        points = asked.ranges.alike(arm, count)
+        points = np.column_stack([points, np.full(len(points), math.log(arm.size))])
+        metrics, saturated = evaluate_points(arm.drafted._replace(candidates=None), asked.shapes, load, points)
+        batches = (metrics["throughput"] * metrics["e2e_mean"]).sum(axis=1)
+        most = max([most, *batches[~saturated].tolist()])
+    return most
+
+
+def looking_at(arm: Arm, tails: Tails | None, asked: Question) -> Arm:
+    """The arm with what is looked at beyond means. Errors: :class:`InputError` where its energy is not known."""
+    if tails is None:
+        return arm
+    if "energy" in asked.looked_at:
+        pair = server_of(arm.deployment).pair
+        if pair is None:
+            raise InputError(
+                f"energy: {NO_ENERGY} (drafter {arm.name}); allowed: with a verifier's config and hardware"
+            )
+        prompt, output = (float(asked.shapes.share @ lengths) for lengths in asked.shapes[2:4])
+        pair = replace(pair, prompt_length=prompt, output_length=output)
+        tails = replace(tails, pair_json=json.dumps(pair.to_dict(), sort_keys=True))
+    return arm._replace(drafted=arm.drafted._replace(tails=tails))
+
+
+def with_percentiles(arm: Arm, point: Scored, load: float, asked: Question) -> Scored:
+    """One point at a ``load`` [req/s] of one replica, with the percentiles looked at, of each class and of all."""
+    if not asked.percentiles:
+        return point
+    assert arm.drafted.tails is not None
+    none = jnp.zeros(0)
+    tails = replace(arm.drafted.tails, limits=(), bounds=none, objective=(), told=asked.percentiles, pair_json=None)
+    drafted = arm.drafted._replace(candidates=None, tails=replace(tails, within=(), within_bounds=none, goodput=False))
+    metrics, _ = evaluate_points(drafted, asked.shapes, load, point.points)
+    names = [name for metric in asked.percentiles for name in (metric, of_all(metric))]
+    return point._replace(metrics=point.metrics | {name: metrics[name] for name in names})
 
 
 def _price(arm: Arm, cost_per_hour: float | Mapping[str, Any]) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 
 from diffspec.analysis.intervals import NO_INTERVALS, spread
 from diffspec.fitting.uncertainty import LEVEL
+from diffspec.optimizing.every_length import SPREAD_DRAWS
 from diffspec.optimizing.joint_problem import (
     FEW,
     ClassLimit,
@@ -96,12 +97,14 @@ def draw_shortlist(
     for (arm, replicas), numbers in groups.items():
         points = np.concatenate([listed[number].point.points for number in numbers])
         models, drafted = arms[arm].models, arms[arm].drafted._replace(candidates=None)
+        if drafted.tails is not None and drafted.tails.spread:
+            models = jax.tree.map(lambda leaf: leaf[:SPREAD_DRAWS], models)
         metrics, saturated = evaluate_draws(drafted, models, shapes, load / replicas, points)  # type: ignore[arg-type]
         kept = ~saturated
         for excess in excesses(limits, metrics, shapes.share, replicas):
             kept &= np.asarray(excess) <= 0
-        cost = np.asarray(cost_of(goal, metrics, shapes)) - (np.log(replicas) if goal.text == "capacity" else 0.0)
-        e2e = np.where(saturated, np.inf, over_all("e2e_mean", metrics["e2e_mean"], shapes.share))
+        cost = np.asarray(cost_of(goal, metrics, shapes)) - (np.log(replicas) if goal.made_large else 0.0)
+        e2e = np.where(saturated, np.inf, over_all("e2e_mean", metrics, shapes.share))
         for column, number in enumerate(numbers):
             parts[number] = (cost[:, column], kept[:, column], e2e[:, column])
     return Drawn(*(np.stack(column, axis=1) for column in zip(*(parts[n] for n in range(len(listed))), strict=True)))
@@ -120,7 +123,7 @@ def interval_of(
     least = np.where(level, drawn.e2e[:, candidates], np.inf).argmin(axis=1)
     best = np.where(any_kept, np.asarray(candidates)[least], -1)
     regret = np.expm1(drawn.cost[keeps, chosen] - kept[keeps].min(axis=1))
-    sign = -1.0 if goal.text == "capacity" else 1.0
+    sign = -1.0 if goal.made_large else 1.0
     values = np.where(np.isfinite(drawn.e2e[:, chosen]), np.exp(sign * drawn.cost[:, chosen]), np.nan)
     told: dict[str, Any] = {
         "compared": int(kept.shape[1]),
@@ -142,6 +145,7 @@ def intervals_told(entries: list[dict[str, Any]], arms: Sequence[Arm]) -> dict[s
     without = [arm.name for arm in arms if arm.models is None]
     if without:
         return {"intervals": None, "intervals_reason": f"{', '.join(dict.fromkeys(without))}: {NO_INTERVALS}"}
-    draws = int(np.shape(jax.tree.leaves(arms[0].models)[0])[0])
+    draws, tails = int(np.shape(jax.tree.leaves(arms[0].models)[0])[0]), arms[0].drafted.tails
+    draws = min(draws, SPREAD_DRAWS) if tails is not None and tails.spread else draws
     told = {"level": LEVEL, "draws": draws, "includes": ["parameters"], "loads": entries}
     return {"intervals": told, "intervals_reason": None}

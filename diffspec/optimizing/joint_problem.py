@@ -6,10 +6,12 @@ of a shape, or the real width of a regular tree while the problem is relaxed, an
 
     log sum over classes of share*weight*metric, or a weighted sum of metrics; minus log capacity for ``capacity``
 
-and limits are log excesses, of one class or of the mean over requests. The same functions serve the relaxed solver
+and limits are log excesses, of one class or of all requests; tails of latency, goodput and energy are those of
+:mod:`diffspec.optimizing.joint_tails`. The same functions serve the relaxed solver
 (reals, gradients) and the exact evaluation (whole numbers, many at once).
 """
 
+import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -25,8 +27,11 @@ from diffspec.acceptance import AbstractAcceptance, ConstantAcceptance
 from diffspec.analysis.answers import metric_values
 from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
+from diffspec.latency_distribution import PERCENTILE_METRICS
 from diffspec.optimizing.catalogue import RequestClass
-from diffspec.optimizing.limits import LIMITED, OBJECTIVES, Limit
+from diffspec.optimizing.joint_tails import Tails, of_all, of_objective, tail_name
+from diffspec.optimizing.limits import OBJECTIVES, Limit
+from diffspec.optimizing.question import SPENT
 from diffspec.optimizing.servers import hours_per_million
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import ServingModel
@@ -35,17 +40,32 @@ from diffspec.workload import Workload
 
 LATENCIES = tuple(name for name in OBJECTIVES if name != "throughput")
 COST = "cost"
-LIMITED_JOINTLY = (*LIMITED, COST)
+SUMMED = (*LATENCIES, *PERCENTILE_METRICS, *SPENT)
+"""What may be added up in an objective."""
+MADE_LARGE = ("capacity", "goodput")
+ADDED_UP = ("throughput", *MADE_LARGE)
+"""What adds up over classes and replicas."""
+_LEAST_TAIL = 1e-9
 _TERM = re.compile(r"^\s*(?:([0-9.eE+-]+)\s*\*)?\s*([A-Za-z0-9_]+)\s*$")
 CHUNK, FEW = 512, 32
 """Points that one call evaluates; and those that one call evaluates in many draws."""
 
 
 class Objective(NamedTuple):
-    """``terms``: (factor, metric), added; a single ``capacity`` is made large, everything else small."""
+    """``terms``: (factor, metric), added; a single one of :data:`MADE_LARGE` is made large, everything else small."""
 
     text: str
     terms: tuple[tuple[float, str], ...]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of its terms."""
+        return tuple(name for _, name in self.terms)
+
+    @property
+    def made_large(self) -> bool:
+        """True of what adds up over replicas, and is made large."""
+        return self.metrics[0] in MADE_LARGE
 
 
 class ClassLimit(NamedTuple):
@@ -69,7 +89,8 @@ class Drafted(NamedTuple):
     that follows the size (None: it does not), and what the configuration takes from the deployment.
 
     ``shapes``: (rates [classes, shapes, 32], nodes [shapes], depth [shapes]) of a drafter that draws trees;
-    ``candidates``: of each class [depths, ranks], while the tree is relaxed; ``hourly``: price of a replica for an hour
+    ``candidates``: of each class [depths, ranks], while the tree is relaxed; ``hourly``: price of a replica's hour;
+    ``tails``: what is looked at beyond means
     """
 
     serving: ServingModel
@@ -82,6 +103,7 @@ class Drafted(NamedTuple):
     shapes: Any = None
     candidates: Any = None
     hourly: Any = None
+    tails: Tails | None = None
 
 
 class Shapes(NamedTuple):
@@ -96,15 +118,14 @@ class Shapes(NamedTuple):
 
 
 def parse_objective(text: str) -> Objective:
-    """``e2e_mean``, ``0.7*e2e_mean+0.3*ttft_mean`` (seconds), ``cost`` (of a million output tokens), sums of these, or
-    ``capacity``.
+    """``e2e_mean``, ``0.7*e2e_mean+0.3*ttft_p95`` (seconds), ``cost`` and ``energy`` (J) of a million output tokens,
+    sums of these, or ``capacity`` or ``goodput`` alone.
 
     >>> parse_objective("0.7*e2e_mean + 0.3*ttft_mean").terms
     ((0.7, 'e2e_mean'), (0.3, 'ttft_mean'))
     """
-    if text.strip() == "capacity":
-        return Objective("capacity", ((1.0, "capacity"),))
-    summed = (*LATENCIES, COST)
+    if text.strip() in MADE_LARGE:
+        return Objective(text.strip(), ((1.0, text.strip()),))
     terms = []
     for part in text.split("+"):
         match = _TERM.match(part)
@@ -116,9 +137,11 @@ def parse_objective(text: str) -> Objective:
             factor = float(match[1] or 1.0)
         except ValueError:
             factor = math.nan
-        if match[2] not in summed:
-            allowed = f"{', '.join(summed)}, sums of them, or capacity"
-            raise InputError(f"objective: got {match[2]!r}; allowed: {allowed}")
+        if match[2] not in SUMMED:
+            near = difflib.get_close_matches(match[2], (*SUMMED, *MADE_LARGE), 1, 0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            allowed = f"{', '.join(SUMMED)}, sums of them, or {', '.join(MADE_LARGE)} alone"
+            raise InputError(f"objective: got {match[2]!r}; allowed: {allowed}{hint}")
         if not (math.isfinite(factor) and factor > 0):
             raise InputError(f"objective: got the factor {match[1]!r}; allowed: above 0")
         terms.append((factor, match[2]))
@@ -171,32 +194,48 @@ def predicted(drafted: Drafted, shapes: Shapes, load, point):
     if drafted.hourly is not None:
         output = jnp.sum(shapes.share * shapes.output_length)
         metrics[COST] = jnp.full(count, drafted.hourly * hours_per_million(1.0, load, output))
+    if drafted.tails is not None:
+        weight = jnp.asarray(shapes.weight)
+        metrics |= drafted.tails.metrics(drafted.serving, workloads, configs, found, weight)
     return metrics, found.overload[0], (found.result == RESULTS.saturated)[0]
 
 
-def over_all(name: str, values, share):
-    """A metric of all requests: their mean; capacity and throughput add up, utilization and cost are those of all."""
-    if name in ("capacity", "throughput"):
+def over_all(name: str, metrics, share):
+    """A metric of all requests: their mean; capacity, throughput and goodput add up, utilization, cost and energy are
+    those of all; a percentile is that of all."""
+    values = metrics[of_all(name) if name in PERCENTILE_METRICS else name]
+    if name in ADDED_UP:
         return values.sum(-1)
-    return values[..., 0] if name in ("utilization", COST) else (values * share).sum(-1)
+    shared = name in ("utilization", *SPENT) or name in PERCENTILE_METRICS
+    return values[..., 0] if shared else (values * share).sum(-1)
 
 
 def cost_of(objective: Objective, metrics, shapes: Shapes):
     """log of what is minimised, from metrics [..., classes]; numpy or JAX arrays."""
-    if objective.terms[0][1] == "capacity":
-        return -jnp.log(over_all("capacity", metrics["capacity"], shapes.share))
+    if objective.made_large:
+        return -jnp.log(over_all(objective.metrics[0], metrics, shapes.share))
     weight = shapes.share * shapes.weight
-    total = sum(factor * (metrics[name] * weight).sum(-1) for factor, name in objective.terms)
-    return jnp.log(total / weight.sum())
+    total = 0.0
+    for factor, name in objective.terms:
+        if name in PERCENTILE_METRICS:
+            total = total + factor * metrics[of_objective(name)][..., 0]
+        else:
+            total = total + factor * (metrics[name] * weight).sum(-1) / weight.sum()
+    return jnp.log(total)
 
 
 def excesses(limits: Sequence[ClassLimit], metrics, share, replicas: Any = 1) -> list:
-    """Log excess of every limit; a throughput is that of all ``replicas``."""
-    found = []
+    """Log excess of every limit, of a percentile that was not found log(P(metric > bound)/(1 - p)); what adds up is
+    that of all ``replicas``."""
+    found, place = [], 0
     for number, limit in limits:
-        values = metrics[limit.metric]
-        values = values * replicas if limit.metric == "throughput" else values
-        found.append(limit.excess(over_all(limit.metric, values, share) if number is None else values[..., number]))
+        if limit.percentile is not None and limit.metric not in metrics:
+            tail = jnp.maximum(metrics[tail_name(place)][..., 0], _LEAST_TAIL)
+            found.append(jnp.log(tail / (1.0 - limit.percentile[1])))
+            place += 1
+            continue
+        value = over_all(limit.metric, metrics, share) if number is None else metrics[limit.metric][..., number]
+        found.append(limit.excess(value * replicas if limit.metric in ADDED_UP else value))
     return found
 
 
@@ -219,10 +258,11 @@ def _drawn(drafted: Drafted, models: ServingModel, shapes: Shapes, load, points)
 
 def evaluate_points(drafted: Drafted, shapes: Shapes, load: float, points: np.ndarray):
     """(metrics [points, classes] by name, saturated [points]) of many points, :data:`CHUNK` a call."""
-    parts = []
-    for first in range(0, len(points), CHUNK):
-        chunk = points[first : first + CHUNK]
-        padded = np.concatenate([chunk, np.repeat(chunk[-1:], CHUNK - len(chunk), axis=0)])
+    parts, tails = [], drafted.tails
+    size = CHUNK if tails is None or not tails.spread else max(CHUNK * 64 // tails.states, FEW)  # memory
+    for first in range(0, len(points), size):
+        chunk = points[first : first + size]
+        padded = np.concatenate([chunk, np.repeat(chunk[-1:], size - len(chunk), axis=0)])
         metrics, _, saturated = _many(drafted, shapes, float(load), padded)
         parts.append((metrics, saturated))
     metrics, saturated = jax.tree.map(lambda *chunks: np.concatenate(chunks)[: len(points)], *parts)

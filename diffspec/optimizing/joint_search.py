@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from diffspec.optimizing.joint_problem import (
     parse_objective,
     predicted,
 )
-from diffspec.optimizing.limits import beyond
+from diffspec.optimizing.limits import EQUAL, beyond
 from diffspec.serving import ServingModel
 from diffspec.tree_search import RegularTree
 from diffspec.tree_shapes import TreeShapes
@@ -152,7 +153,7 @@ def relaxed(arm: Arm, shapes, goal, limits, loads, ranges: Ranges, sizes=None, r
     }
     function = relaxed_function(relaxable(goal), tuple(entry.of_one for entry in limits), variables)
     at = np.tile(starts[:, None], (len(loads), len(low)))
-    bounds = np.asarray([entry.limit.bound for entry in limits])
+    bounds = np.asarray([1.0 if entry.limit.percentile else entry.limit.bound for entry in limits])  # tails have theirs
     alike = [range(count)] if variables.lengths > 1 else ()
     drafted = arm.drafted if variables.tree else arm.drafted._replace(candidates=None)
     return minimise_within(function, at, data, (drafted, shapes, bounds, float(arm.max_nodes)), alike=alike)
@@ -161,7 +162,7 @@ def relaxed(arm: Arm, shapes, goal, limits, loads, ranges: Ranges, sizes=None, r
 def relaxable(goal: Objective) -> Objective:
     """The objective that reals move: a price alone is that of replicas, whatever they draft, and leaves the mean e2e
     latency to be made small."""
-    return parse_objective("e2e_mean") if [name for _, name in goal.terms] == [COST] else goal
+    return parse_objective("e2e_mean") if goal.metrics == (COST,) else goal
 
 
 @lru_cache
@@ -185,6 +186,29 @@ def relaxed_function(goal: Objective, limits, variables: Variables) -> Callable:
     return function
 
 
+def excess_slopes(arm: Arm, shapes, limits, load, x: np.ndarray, ranges: Ranges, replicas: int = 1) -> np.ndarray:
+    """[limits] by how much the log excess falls where the log of the bound rises, at a relaxed solution ``x``: 1 of a
+    mean; of a percentile, whose excess is that of a tail, by differences."""
+    slopes, tails = np.ones(len(limits)), arm.drafted.tails
+    tailed = [place for place, entry in enumerate(limits) if entry.limit.percentile is not None]
+    if not tailed or tails is None:
+        return slopes
+    variables = variables_of(arm, ranges, len(shapes.share))
+    low, high = variables.ranges(arm, ranges, None)
+    point = variables.point(jnp.asarray(low + (high - low) * x), ranges.caps[0], math.log(arm.size))
+    drafted = arm.drafted if variables.tree else arm.drafted._replace(candidates=None)
+    step = 1e-3
+    wider = drafted._replace(tails=replace(tails, bounds=tails.bounds * math.exp(step)))
+    found = [
+        np.stack(
+            excesses(limits, evaluate_points(one, shapes, load, np.asarray(point)[None])[0], shapes.share, replicas)
+        )
+        for one in (drafted, wider)
+    ]
+    slopes[tailed] = -(found[1] - found[0])[tailed, 0] / step
+    return slopes
+
+
 def as_reals(arm: Arm, ranges: Ranges, x: np.ndarray, classes: int, sizes=None) -> Relaxed:
     """A relaxed solution ``x`` in units."""
     variables = variables_of(arm, ranges, classes, sizes)
@@ -198,12 +222,13 @@ def as_reals(arm: Arm, ranges: Ranges, x: np.ndarray, classes: int, sizes=None) 
 
 
 class Scored(NamedTuple):
-    """Whole points of one drafter, evaluated: points [n, C + 3], metrics [n, C], cost [n], worst log excess [n],
-    saturated [n], and the replicas that share the load [n]."""
+    """Whole points of one drafter, evaluated: points [n, C + 3], metrics [n, C], cost [n] and its ``level`` [n], the
+    same of costs that count as equal, worst log excess [n], saturated [n], and the replicas that share the load [n]."""
 
     points: np.ndarray
     metrics: dict[str, np.ndarray]
     cost: np.ndarray
+    level: np.ndarray
     worst: np.ndarray
     saturated: np.ndarray
     e2e: np.ndarray
@@ -213,7 +238,7 @@ class Scored(NamedTuple):
     def rank(self) -> np.ndarray:
         """What is made small: the cost of feasible points, then the worst excess, then the overload."""
         beyond = 1e6 + np.maximum(self.metrics["utilization"][:, 0] - 1.0, 0.0)
-        return np.where(self.saturated, 1e6 * beyond, np.where(self.worst > 0, 1e6 * (1.0 + self.worst), self.cost))
+        return np.where(self.saturated, 1e6 * beyond, np.where(self.worst > 0, 1e6 * (1.0 + self.worst), self.level))
 
     @property
     def order(self) -> np.ndarray:
@@ -229,10 +254,12 @@ def score(arm: Arm, shapes: Shapes, goal, limits, load, points, replicas: int = 
     found = [np.asarray(values) for values in excesses(limits, metrics, shapes.share, float(replicas))]
     worst = np.max(found, axis=0) if found else np.full(len(points), -1.0)
     cost = np.asarray(cost_of(goal, metrics, shapes))
-    if goal.text == "capacity":
+    if goal.made_large:
         cost = cost - math.log(replicas)
-    e2e = np.log(over_all("e2e_mean", metrics["e2e_mean"], shapes.share))
-    return Scored(points, metrics, cost, worst, saturated, e2e, np.full(len(points), replicas))
+    flat = goal.metrics == ("goodput",)  # the load itself at many points: of those that agree the least latency
+    level = np.round(cost / EQUAL) * EQUAL if flat else cost
+    e2e = np.log(over_all("e2e_mean", metrics, shapes.share))
+    return Scored(points, metrics, cost, level, worst, saturated, e2e, np.full(len(points), replicas))
 
 
 def rounded(arm, shapes, goal, limits, load, ranges: Ranges, real: Relaxed, replicas: int = 1) -> Scored:

@@ -251,5 +251,11 @@ def joules(pair: FirstPrinciples, step: AbstractStepTime, workload: Workload, co
     """Joules per output token [J] of one server of a ``pair`` of the workload's lengths with ``n`` [req] in service
     while it works: see the module."""
     found, output = working(pair, step, workload, config, n), workload.output_length
-    busy = jnp.minimum(rate * (output / (n * found.tokens) * found.step + found.prefill), 1.0)
-    return found.joules + pair.tensor_parallel * pair.hardware.idle_power * (1.0 - busy) / (rate * output)
+    return joules_with_idle(pair, found.joules, output, rate, output / (n * found.tokens) * found.step + found.prefill)
+
+
+def joules_with_idle(pair: FirstPrinciples, joules, output_length, rate, seconds) -> Scalar:
+    """Joules per output token [J] from those while it works, and the idle power in between: a request of
+    ``output_length`` [tok] keeps the server working for ``seconds``, at ``rate`` [req/s]."""
+    busy = jnp.minimum(rate * seconds, 1.0)
+    return joules + pair.tensor_parallel * pair.hardware.idle_power * (1.0 - busy) / (rate * output_length)

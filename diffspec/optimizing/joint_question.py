@@ -1,0 +1,156 @@
+"""What a joint decision is asked: classes, objective, limits, and what it chooses from."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from diffspec.latency_distribution import PERCENTILE_METRICS
+from diffspec.lengths import Lengths
+from diffspec.optimizing.catalogue import RequestClass
+from diffspec.optimizing.constrained import Solution
+from diffspec.optimizing.joint_problem import ClassLimit, Objective, Shapes, parse_objective, shapes_of
+from diffspec.optimizing.joint_search import STARTS, Ranges
+from diffspec.optimizing.joint_tails import Tails
+from diffspec.optimizing.limits import LIMITED, check_loads, parse_limit
+from diffspec.optimizing.question import PER_REQUEST, SPENT
+from diffspec.percentiles import states_for
+from diffspec.results import InputError
+from diffspec.serving import MOST_STATES
+from diffspec.workload import check_range
+
+MOST_POINTS, MOST_TAILS, MOST_PERCENTILES = 1_000_000, 100_000, 10_000
+"""Whole points of all loads that are evaluated one by one: by their means, by tails of latency too, and by a percentile
+as the objective; above it the relaxed and rounded answer stands alone."""
+LIMITED_OF_ALL = (*LIMITED, *PERCENTILE_METRICS, "goodput", *SPENT, *PER_REQUEST)
+
+
+class Question(NamedTuple):
+    """What is asked of every arm (:func:`diffspec.optimizing.joint.optimize_jointly`); ``within``: the limits on single
+    requests, which goodput counts."""
+
+    classes: Sequence[RequestClass]
+    shapes: Shapes
+    goal: Objective
+    limits: tuple[ClassLimit, ...]
+    within: tuple[ClassLimit, ...]
+    ranges: Ranges
+    loads: Sequence[float]
+    replicas: Sequence[int]
+    risk: float | None
+    exhaustive: bool = True
+
+    @property
+    def sharing(self) -> list[int]:
+        """How many replicas share each load of :attr:`each`."""
+        return [*self.replicas] * len(self.loads)
+
+    @property
+    def each(self) -> list[float]:
+        """Loads [req/s] of one replica: by load, then by replicas."""
+        return [load / replicas for load in self.loads for replicas in self.replicas]
+
+    def lane(self, solution: Solution, load: int, replicas: int) -> int:
+        """The best start of a relaxed problem at a load and a number of replicas, by their places."""
+        start = (load * len(self.replicas) + replicas) * len(STARTS)
+        return solution.best(slice(start, start + len(STARTS)))
+
+    @property
+    def looked_at(self) -> set[str]:
+        """The names of all metrics of the objective and of limits."""
+        return {*self.goal.metrics, *(entry.limit.metric for entry in self.limits)}
+
+    @property
+    def percentiles(self) -> tuple[str, ...]:
+        """The percentiles of the objective and of limits, each once."""
+        return tuple(name for name in PERCENTILE_METRICS if name in self.looked_at)
+
+    @property
+    def most_points(self) -> int:
+        """Whole points that are evaluated one by one."""
+        if any(name in PERCENTILE_METRICS for name in self.goal.metrics):
+            return MOST_PERCENTILES
+        return MOST_TAILS if self.percentiles or self.within else MOST_POINTS
+
+    def tails(self, batch: float) -> Tails | None:
+        """What is looked at beyond means, with a chain for the largest mean ``batch`` [req]; None for nothing."""
+        if not (self.percentiles or self.within or "energy" in self.looked_at):
+            return None
+        most = max(self.ranges.caps)
+        states = states_for(min(most, MOST_STATES), most) if most <= MOST_STATES else states_for(None, batch)
+        tailed = [entry for entry in self.limits if entry.limit.percentile is not None]
+        return Tails(
+            lengths=Lengths.stacked([one.output_scv for one in self.classes]),
+            bounds=_bounds(tailed),
+            within_bounds=_bounds(self.within),
+            limits=tuple((entry.number, entry.limit.metric.split("_p")[0]) for entry in tailed),
+            within=tuple((entry.number, entry.limit.metric) for entry in self.within),
+            objective=tuple(name for name in self.goal.metrics if name in PERCENTILE_METRICS),
+            goodput=bool(self.within),
+            states=states,
+        )
+
+
+def read_joint_question(
+    classes: Sequence[RequestClass],
+    objective: str,
+    slo: Sequence[str],
+    ranges: Ranges,
+    loads: Sequence[float],
+    replicas: Sequence[int],
+    risk: float | None,
+) -> Question:
+    """Read and check what is asked; see :func:`diffspec.optimizing.joint.optimize_jointly`.
+
+    Errors: :class:`InputError` for unknown names, ranges, limits on single requests without goodput, and the reverse.
+    """
+    goal = parse_objective(objective)
+    check_loads(loads, "arrival_rate", ranges.longest)
+    if not classes:
+        raise InputError("classes: got none; allowed: at least one")
+    names = [one.name for one in classes]
+    if len(names) > len(set(names)) or (len(names) > 1 and "all" in names):
+        raise InputError(f"classes: got the names {', '.join(names)}; allowed: each once, and none called 'all'")
+    if abs(sum(one.share for one in classes) - 1.0) > 1e-6:
+        raise InputError(f"classes: got shares that sum to {sum(one.share for one in classes):g}; allowed: to 1")
+    if not replicas or any(number != int(number) or not 1 <= number <= 1e6 for number in replicas):
+        raise InputError(f"replicas: got {list(replicas)}; allowed: whole numbers, 1 to 1000000")
+    check_range("risk", risk, 0, 1, low_open=True, unit="(share of the draws)")
+    every = [ClassLimit(None, parse_limit(text, LIMITED_OF_ALL)) for text in slo]
+    every += [ClassLimit(number, limit) for number, one in enumerate(classes) for limit in one.limits]
+    within = tuple(entry for entry in every if entry.limit.metric in PER_REQUEST)
+    asked = Question(
+        classes=classes,
+        shapes=shapes_of(classes),
+        goal=goal,
+        limits=tuple(entry for entry in every if entry.limit.metric not in PER_REQUEST),
+        within=within,
+        ranges=ranges,
+        loads=loads,
+        replicas=sorted(set(replicas)),
+        risk=risk,
+    )
+    for entry in within:
+        if entry.limit.sign < 0:
+            text = entry.text(classes)
+            raise InputError(f"limit {text!r}: allowed: an upper limit, {entry.limit.metric}<NUMBER")
+    if within and "goodput" not in asked.looked_at:
+        name, text = within[0].limit.metric, within[0].text(classes)
+        raise InputError(
+            f"limit {text!r} is one on each request, which only goodput counts; allowed: {name}_mean<NUMBER, "
+            f"{name}_p95<NUMBER, or with it the objective goodput or a limit goodput>NUMBER"
+        )
+    if "goodput" in asked.looked_at and not within:
+        raise InputError("goodput: got no limit that a request must keep; allowed: at least one, such as 'ttft<0.5'")
+    short = [one.name for one in classes if one.output_length <= 1]
+    timed = [name for name in asked.looked_at | {entry.limit.metric for entry in within} if name[:3] in ("tpo", "itl")]
+    if short and timed:
+        raise InputError(
+            f"class {short[0]!r}: got output_length 1, whose requests have no time per token after the first; allowed: "
+            f"more than 1 tok with {timed[0]}"
+        )
+    return asked
+
+
+def _bounds(limits: Sequence[ClassLimit]):
+    return jnp.asarray([entry.limit.bound for entry in limits], dtype=float)

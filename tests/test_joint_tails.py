@@ -1,0 +1,194 @@
+"""The joint decision with percentiles, goodput and energy: against every whole point, predicted one by one."""
+
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import SERVER_STEP
+
+from diffspec.acceptance import ConstantAcceptance
+from diffspec.analysis.before_traces import before_traces
+from diffspec.analysis.plain import FAST_COMPILE
+from diffspec.architecture import read_architecture
+from diffspec.cli import main
+from diffspec.configuration import Configuration
+from diffspec.first_principles import FirstPrinciples
+from diffspec.fitting.deployment import FittedDeployment, FittedModel
+from diffspec.hardware import accelerator
+from diffspec.lengths import Lengths
+from diffspec.optimizing.catalogue import RequestClass
+from diffspec.optimizing.joint import optimize_jointly
+from diffspec.optimizing.limits import parse_limit
+from diffspec.optimizing.optimize import optimize_unmeasured
+from diffspec.percentiles import class_laws
+from diffspec.results import InputError
+from diffspec.serving import ServingModel
+from diffspec.workload import Workload
+
+CHAT = RequestClass("chat", 0.7, 300.0, 200.0, acceptance=ConstantAcceptance(0.65))
+CODE = RequestClass("code", 0.3, 800.0, 100.0, acceptance=ConstantAcceptance(0.9))
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
+LONGEST, LOAD, CAP = 4, 12.0, 48.0
+PERCENT = jnp.asarray([95.0])
+
+
+@pytest.fixture(scope="module")
+def deployment():
+    serving = jax.tree.map(jnp.asarray, ServingModel(SERVER_STEP, first_token_steps=1.5))
+    defaults = {"max_batch_size": CAP, "drafter_params": 1e9}
+    measured = {"draft_lengths": [0, 1, 3, 5], "arrival_rate": [1.0, 20.0], "concurrency": None}
+    measured |= {"prompt_length": [100.0, 2000.0], "output_length": [50.0, 400.0]}
+    return FittedDeployment("synthetic", "roofline", serving, None, defaults, measured, {"rows": 1})
+
+
+@pytest.fixture(scope="module")
+def every(deployment):
+    """Of every whole point (lengths, mean e2e, p95 of e2e of all, p95 of ttft of code, goodput): requests with a ttft
+    below 0.05 and, of chat, a tpot below 0.006."""
+
+    def point(lengths):
+        workloads = [
+            Workload(one.prompt_length, one.output_length, arrival_rate=LOAD * one.share) for one in (CHAT, CODE)
+        ]
+        configs = [Configuration(lengths[c], one.acceptance, max_batch_size=CAP) for c, one in enumerate((CHAT, CODE))]
+        found = deployment.serving.predict_classes(workloads, configs)
+        laws = class_laws(deployment.serving, workloads, configs, Lengths.stacked([0.0, 0.0]), states=64)
+        laws = laws.at_means({"ttft": found.ttft, "e2e": found.e2e_latency})
+        first = laws.probability("ttft", jnp.full(2, 0.05))
+        after = laws.probability("tpot", jnp.full(2, 0.006))
+        return (
+            found.e2e_latency @ jnp.asarray([0.7, 0.3]),
+            laws.percentiles_of_all("e2e", PERCENT)[0],
+            laws.percentiles("ttft", PERCENT)[1, 0],
+            LOAD * (0.7 * first[0] * after[0] + 0.3 * first[1]),
+        )
+
+    lengths = np.asarray(list(itertools.product(range(LONGEST + 1), repeat=2)), dtype=float)
+    columns = jax.jit(lambda points: jax.lax.map(point, points), compiler_options=FAST_COMPILE)(lengths)
+    return list(zip(map(tuple, lengths.astype(int).tolist()), *(np.asarray(column) for column in columns), strict=True))
+
+
+def decide(deployment, bounds=(), **asked):
+    """The joint decision; ``bounds``: limits of chat and of code."""
+    classes = [
+        RequestClass(**{**vars(one), "limits": tuple(parse_limit(text, ALLOWED) for text in texts)})
+        for one, texts in itertools.zip_longest((CHAT, CODE), bounds, fillvalue=())
+    ]
+    answer = optimize_jointly(deployment, loads=[LOAD], classes=classes, max_draft_length=LONGEST, **asked)
+    json.dumps(answer, allow_nan=False)
+    return answer
+
+
+ALLOWED = ("ttft_p95", "ttft", "tpot")
+
+
+@pytest.fixture(scope="module")
+def limited(deployment, every):
+    """A limit on a percentile that the best point without it breaks, and the answer under it."""
+    best = min(every, key=lambda row: row[1])
+    kept = sorted(row[3] for row in every if row[3] < best[3])
+    bound = 1.0001 * float(kept[len(kept) // 2])
+    return bound, decide(deployment, bounds=[(), [f"ttft_p95<{bound!r}"]])
+
+
+def test_a_limit_on_a_percentile_of_a_class_is_kept_by_the_best_of_all(limited, every):
+    bound, answer = limited
+    (entry,) = answer["table"]
+    best = min((row for row in every if row[3] <= bound), key=lambda row: row[1])
+    assert entry["feasible"] and entry["exhaustive"] and tuple(entry["draft_lengths"].values()) == best[0]
+    assert entry["objective"] == pytest.approx(best[1], rel=1e-9)
+    assert entry["metrics"]["code"]["ttft_p95"] == pytest.approx(best[3], rel=1e-9)
+    assert entry["metrics"]["all"]["ttft_p95"] < entry["metrics"]["code"]["ttft_p95"]
+    assert entry["headroom"] == pytest.approx(
+        min(1 - best[3] / bound, 1 - entry["metrics"]["all"]["utilization"]), abs=1e-9
+    )
+
+
+def test_the_shadow_price_of_a_percentile_is_the_derivative_of_the_optimum(deployment, limited):
+    bound, answer = limited
+    (entry,) = answer["table"]
+    (price,) = entry["shadow_prices"]
+    assert price["active"] and entry["relaxed"]["violation"] < 1e-4
+    ends = [
+        decide(deployment, bounds=[(), [f"ttft_p95<{bound * factor!r}"]])["table"][0]["relaxed"]["objective"]
+        for factor in (0.995, 1.005)
+    ]
+    assert price["elasticity"] == pytest.approx((ends[0] - ends[1]) / ends[0] / 0.01, rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_percentile_of_all_requests_is_made_small(deployment, every):
+    (entry,) = decide(deployment, objective="e2e_p95")["table"]
+    best = min(every, key=lambda row: row[2])
+    assert tuple(entry["draft_lengths"].values()) == best[0]
+    assert entry["objective"] == entry["metrics"]["all"]["e2e_p95"] == pytest.approx(best[2], rel=1e-9)
+    assert entry["relaxed"]["objective"] <= best[2] * (1 + 1e-9)
+
+
+@pytest.mark.slow
+def test_goodput_counts_requests_that_keep_the_limits_of_all_and_of_their_class(deployment, every):
+    (entry,) = decide(deployment, bounds=[["tpot<0.006"]], objective="goodput", slo=["ttft<0.05"])["table"]
+    most = max(row[4] for row in every)
+    level = [row for row in every if row[4] >= most * (1 - 2e-3)]
+    chosen = next(row for row in level if row[0] == tuple(entry["draft_lengths"].values()))
+    assert entry["objective"] == pytest.approx(chosen[4], rel=1e-6)
+    assert entry["metrics"]["all"]["goodput"] == pytest.approx(chosen[4], rel=1e-6)
+    assert entry["metrics"]["chat"]["goodput"] + entry["metrics"]["code"]["goodput"] == pytest.approx(
+        chosen[4], rel=1e-6
+    )
+
+
+def test_what_cannot_be_kept_is_told_with_its_percentile(deployment):
+    answer = decide(deployment, bounds=[(), ["ttft_p95<0.001"]])
+    (broken,) = answer["table"][0]["violations"].items()
+    assert answer["outcome"] == "infeasible" and broken[0] == "code: ttft_p95<0.001"
+    assert broken[1]["bound"] == 0.001 and broken[1]["value"] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"objective": "goodput"}, "goodput: got no limit that a request must keep"),
+        ({"slo": ["ttft<0.5"]}, "which only goodput counts"),
+        ({"objective": "e2e_p97"}, "did you mean 'e2e_p9"),
+        ({"objective": "energy"}, "energy: neither the fit"),
+        ({"objective": "goodput+e2e_mean"}, "objective: got 'goodput'"),
+        ({"objective": "goodput", "slo": ["ttft>0.5"]}, "allowed: an upper limit"),
+    ],
+)
+def test_what_means_nothing_is_refused(deployment, asked, sentence):
+    with pytest.raises(InputError, match=sentence):
+        optimize_jointly(deployment, loads=[LOAD], classes=(CHAT, CODE), **asked)
+
+
+@pytest.mark.slow
+def test_energy_of_classes_that_are_alike_is_that_of_one_workload():
+    """As `optimize` tells it of one workload, whose batch while the server works differs by a rounding of means."""
+    verifier, drafter = (read_architecture(CONFIGS / f"llama-3.{name}.json") for name in ("1-8b", "2-1b"))
+    subject = before_traces(FirstPrinciples(verifier, accelerator("h100"), drafter))
+    asked = {"loads": [2.0], "objective": "energy", "max_draft_length": 3}
+    lengths = {"prompt_length": subject.pair.prompt_length, "output_length": subject.pair.output_length}
+    alone = optimize_unmeasured(subject, acceptance=ConstantAcceptance(0.7), **asked, **lengths)
+    halves = [RequestClass(name, 0.5, *lengths.values(), acceptance=ConstantAcceptance(0.7)) for name in ("a", "b")]
+    (entry,), (expected,) = optimize_jointly(subject.deployment, classes=halves, **asked)["table"], alone["table"]
+    assert entry["common"]["draft_length"] == expected["draft_length"]
+    assert entry["common"]["objective"] == pytest.approx(expected["metrics"]["energy"], rel=1e-3)
+
+
+def test_on_the_command_line(deployment, limited, tmp_path, capsys):
+    bound, answer = limited
+    (tmp_path / "model.json").write_text(FittedModel({deployment.name: deployment}, "0" * 64, {}).to_json())
+    text = f"""classes:
+- {{name: chat, share: 0.7, prompt_length: 300, output_length: 200, acceptance_rate: 0.65}}
+- {{name: code, share: 0.3, prompt_length: 800, output_length: 100, acceptance_rate: 0.9, slo: [ttft_p95<{bound!r}]}}
+"""
+    (tmp_path / "classes.yaml").write_text(text)
+    asked = ["optimize", str(tmp_path / "model.json"), "--classes", str(tmp_path / "classes.yaml")]
+    assert main([*asked, "--arrival-rate", str(LOAD), "--max-draft-length", str(LONGEST), "--json"]) == 0
+    entry, expected = json.loads(capsys.readouterr().out)["table"][0], answer["table"][0]
+    assert entry["draft_lengths"] == expected["draft_lengths"]
+    assert entry["metrics"]["code"]["ttft_p95"] == pytest.approx(expected["metrics"]["code"]["ttft_p95"], rel=1e-9)
