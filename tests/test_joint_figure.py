@@ -103,6 +103,22 @@ def test_trees_are_drawn_by_their_nodes():
     assert lines(left)["tree, nodes"] == pytest.approx([nan, 12], nan_ok=True)
     assert lines(left)["chat"] == pytest.approx([4, nan], nan_ok=True)
     assert left.get_ylabel() == "drafted tokens per step"
+    alike = entry(2.0, {"chat": 4, "code": 4}, tree=tree)
+    alike["common"] |= {"tree": {"nodes": 7, "depth": 2, "width": 2}}
+    assert lines(joint(answer(TABLE[0], alike)).axes[0])["one for all"] == [2, 7]
+
+
+@pytest.mark.parametrize(
+    ("objective", "label"),
+    [("goodput", "goodput [req/s]"), ("ttft_p95", "ttft_p95 [s]"), ("cost", "cost"), ("cost+2*e2e_mean",) * 2],
+)
+def test_axes_have_units_and_limits_that_are_not_told_no_line(objective, label):
+    """A limit on single requests has no mean to show; a class may be called by a limit's sign."""
+    row = entry(2.0, {"chat": 1, "a: b": 1}, metrics={"a: b": {"ttft_p95": 0.1, "tpot_mean": 0.0}})
+    limits = ["a: b: ttft_p95<=0.2", "a: b: tpot_mean<1", "ttft<0.5", "a: b: e2e<1"]
+    _, middle, right = joint(answer(row, limits=limits, classes=[{"name": "a: b"}], objective=objective)).axes
+    assert lines(right) == {"a: b: ttft_p95<=0.2": [0.5]}
+    assert middle.get_ylabel() == label
 
 
 def test_nothing_feasible_is_a_figure_too():

@@ -1,6 +1,7 @@
 """The figure of a joint decision: draft lengths, drafter and objective over the loads, and what the limits leave."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from diffspec.optimizing.joint_problem import LIMITED_JOINTLY
-from diffspec.optimizing.limits import parse_limit
 from diffspec.report.figures import COLORS, LOADS, MARKERS, new_figure
 
+_LIMIT = re.compile(r"(?:(.*): )?(\w+)\s*([<>])=?\s*(\S+)")
 _ALL, _NOTHING, _COMMON = "#000000", "#888888", "#555555"
 
 
@@ -101,7 +101,7 @@ def _lengths(ax: Axes, answer: Mapping[str, Any]) -> None:
     if trees:
         nodes = [None if entry["tree"] is None else entry["tree"]["nodes"] for entry in table]
         _line(ax, answer, nodes, "tree, nodes", _ALL, "-", marker="*", **steps)
-    alike = [entry["common"]["draft_length"] if entry["common"]["feasible"] else None for entry in table]
+    alike = [_drafted(entry["common"]) if entry["common"]["feasible"] else None for entry in table]
     if len(answer["classes"]) > 1:
         _line(ax, answer, alike, "one for all", _COMMON, "--", **steps)
     ax.set_ylabel("drafted tokens per step" if trees else "draft length [tok]")
@@ -109,13 +109,19 @@ def _lengths(ax: Axes, answer: Mapping[str, Any]) -> None:
     ax.set_ylim(bottom=-0.2)
 
 
+def _drafted(common: Mapping[str, Any]) -> int:
+    """Drafted tokens per step of the choice that is one for all: the nodes of its tree, where it draws one."""
+    tree = common.get("tree")
+    return common["draft_length"] if tree is None else tree["nodes"]
+
+
 def _objective(ax: Axes, answer: Mapping[str, Any]) -> None:
     table = answer["table"]
     _line(ax, answer, [entry["objective"] for entry in table], "chosen", _ALL, "o-")
     alike = [entry["common"]["objective"] if entry["common"]["feasible"] else None for entry in table]
     _line(ax, answer, alike, "one draft length for all", _COMMON, "s--")
-    unit = {"capacity": " [req/s]"}.get(answer["objective"], "" if "cost" in answer["objective"] else " [s]")
-    ax.set_ylabel(answer["objective"] + unit)
+    rate, time = answer["objective"] in ("capacity", "goodput"), re.fullmatch(r"\w+_(mean|p\d+)", answer["objective"])
+    ax.set_ylabel(answer["objective"] + (" [req/s]" if rate else " [s]" if time else ""))
     ax.set_ylim(bottom=0.0)
 
 
@@ -130,7 +136,12 @@ def _limits(ax: Axes, answer: Mapping[str, Any]) -> None:
 
 
 def _used(metrics: Mapping[str, Any], text: str) -> float | None:
-    name, _, told = text.rpartition(": ")
-    limit = parse_limit(told, LIMITED_JOINTLY)
-    value = metrics.get(name or "all", {}).get(limit.metric)
-    return None if value is None else (value / limit.bound) ** limit.sign
+    """None where the answer does not tell the metric: of limits on single requests it does not."""
+    found = _LIMIT.fullmatch(text)
+    if found is None:
+        return None
+    of, metric, side, bound = found.groups()
+    value = metrics.get(of or "all", {}).get(metric)
+    if not value:
+        return None
+    return value / float(bound) if side == "<" else float(bound) / value
