@@ -26,7 +26,7 @@ from diffspec.optimizing.least_acceptance import break_even
 from diffspec.optimizing.limits import parse_limit
 from diffspec.optimizing.load_policy import policy, policy_unmeasured
 from diffspec.optimizing.policy_answer import advice
-from diffspec.optimizing.robust_choice import Risk, best, judge, parse_risk, risk_costs
+from diffspec.optimizing.robust_choice import Judged, Risk, best, best_worth_having, judge, parse_risk, risk_costs
 from diffspec.optimizing.schedule import ranges_of
 from diffspec.optimizing.tiers import Band, bands_of, crossing, merged_tiers, rate_at_batch, switches
 from diffspec.optimizing.under_schedule import UnderSchedule, chains, under_schedules
@@ -401,6 +401,57 @@ def test_limits_are_checked_under_the_schedule(unsure, answer, few):
     assert all(entry["violations"]["e2e_mean<0.001"]["value"] > 0.001 for entry in nothing["contexts"][0]["loads"])
     full = policy(unsure, **ASKED | {"loads": [1e4], "draws": few})
     assert full["outcome"] == "saturated" and full["contexts"][0]["loads"][0]["metrics"] == {}
+
+
+@pytest.mark.parametrize("rate", [2.0, 12.0, 20.0, 24.0])
+def test_no_schedule_beats_the_fastest_at_every_batch(tables, rate):
+    """A chain whose deaths are faster in every state holds fewer: against a thousand schedules, one change of the best
+    at a time and at random."""
+    random = np.random.default_rng(0)
+    cost = tables.residence[:, :BATCHES].copy()
+    cost[0] = tables.idle_residence[:BATCHES]
+    fastest = np.argmin(cost, axis=0)
+    moved = np.repeat(fastest[None], 5 * BATCHES, axis=0)
+    moved[np.arange(5 * BATCHES), np.tile(np.arange(BATCHES), 5)] = np.repeat(np.arange(5), BATCHES)
+    drawn = np.sort(random.integers(0, 5, (760, BATCHES)), axis=1)[:, ::-1]
+    others = np.concatenate([fastest[None], moved, drawn])
+    share = under_schedules(tables, others, np.array([rate]), "arrival_rate", 100.0).probability[:, 0]
+    beyond = np.cumsum(share[:, ::-1], axis=1)[:, ::-1]  # P(at least n in service)
+    assert np.all(beyond[:1] <= beyond + 1e-12)
+    assert np.count_nonzero((beyond[1:] > beyond[:1] + 1e-4).any(axis=1)) > 10
+
+
+def test_a_finer_schedule_must_be_worth_its_tiers():
+    """Each tier more must be worth the least gain over the loads; feasible loads come first; throughput is negative."""
+    schedules = np.array([[3, 3, 3, 3], [2, 2, 2, 2], [3, 3, 1, 1], [3, 2, 1, 1]])
+
+    def chosen(values, feasible=(2, 2, 2, 2), gain=0.01):
+        score = np.stack([-np.asarray(feasible, dtype=float), np.asarray(values)], axis=1)
+        empty = np.zeros((4, 2))
+        return best_worth_having(Judged(empty, {}, empty, score), schedules, range(2), range(2, 4), gain)
+
+    assert chosen([1.0, 1.1, 0.992, 0.985]) == 0
+    assert chosen([1.0, 1.1, 0.989, 0.985]) == 2
+    assert chosen([1.0, 1.1, 0.989, 0.975]) == 3
+    assert chosen([1.0, 0.99, 0.989, 0.98]) == 1
+    assert chosen([1.0, 1.1, 0.9999, 0.9998], gain=0.0) == 3
+    assert chosen([1.0, 1.1, 0.8, 1.2], feasible=(2, 2, 1, 3)) == 3
+    assert chosen([-1.0, -0.9, -1.005, -1.03]) == 3 and chosen([-1.0, -0.9, -1.005, -1.015]) == 0
+
+
+def test_tiers_are_kept_that_are_worth_it_to_those_who_wait(unsure, few, monkeypatch):
+    """By its pace no second tier is worth 2 % at its batches; near capacity two more are worth 2 % each, and kept."""
+    asked = {name: value for name, value in ASKED.items() if name != "loads"} | {"draws": few, "min_gain": 0.02}
+    asked |= {"acceptance": ConstantAcceptance(0.8)}
+    whole = policy(unsure, **asked)["contexts"][0]
+    monkeypatch.setattr("diffspec.optimizing.load_policy.FINER", ())
+    by_pace = policy(unsure, **asked)["contexts"][0]
+    mean, coarse = (
+        math.prod(entry["risk_value"] for entry in found["loads"]) ** (1 / len(found["loads"]))
+        for found in (whole, by_pace)
+    )
+    assert len(by_pace["schedule"]) == 1 and len(whole["schedule"]) == 3
+    assert mean * 1.02**2 < coarse
 
 
 def test_context_lengths_have_their_own_schedules(unsure, few):

@@ -25,7 +25,8 @@ from diffspec.fitting.uncertainty import Uncertainty
 from diffspec.hardware import accelerator
 from diffspec.lengths import Lengths
 from diffspec.optimizing import lanes as lanes_module
-from diffspec.optimizing.candidates import replicas_of
+from diffspec.optimizing.candidates import candidates, replicas_of
+from diffspec.optimizing.drawn_rates import drawn_rates
 from diffspec.optimizing.lanes import asked_of, join, largest_rates, limited_values
 from diffspec.optimizing.limits import LIMITED, PERCENTILE_METRICS, Limit, parse_limit
 from diffspec.optimizing.pareto import non_dominated
@@ -155,6 +156,51 @@ def test_the_first_crossing_is_taken_where_latency_falls_again(monkeypatch):
     found = largest_rates(lanes, [Limit("e2e_mean", 1, 1.0)])
     assert_close(found.rate, [0.4 * capacity], rtol=1e-5)
     assert found.again.tolist() == [True]
+    alone = largest_rates(lanes, [Limit("e2e_mean", 1, 1.0)], beyond=False)
+    assert alone.rate.tolist() == found.rate.tolist() and alone.again.tolist() == [False]
+
+
+@pytest.mark.parametrize("root", [-0.1, 0.02, 0.5, 0.9, 0.97, 0.998, 1.2])
+def test_the_first_root_alone_is_the_same_in_fewer_evaluations(root, monkeypatch):
+    """Broken without load, at any place of the scan, never; lanes that need the far places among lanes that do not."""
+    server = ServingModel(AffineStepTime(verify_base=0.02, verify_query=0.001), self_share=0.0, first_token_steps=0.0)
+    loads = [Workload(prompt, 101.0, arrival_rate=1.0) for prompt in (1.0, 2.0, 3.0)]
+    lanes = join([server] * 3, loads, [Configuration(max_batch_size=1024.0)] * 3, Lengths.fixed(), 1024)
+    capacity, roots, looked = largest_rates(lanes, []).capacity, np.asarray([0.3, root, 0.99]), []
+
+    def rising(part, limits, rates, shift=None):
+        lane = np.asarray(part.workloads.prompt_length).astype(int) - 1
+        looked.append(lane.size)
+        return (np.asarray(rates) / capacity[lane] - roots[lane])[:, None], {}
+
+    monkeypatch.setattr(lanes_module, "excesses", rising)
+    whole = largest_rates(lanes, [Limit("e2e_mean", 1, 1.0)])
+    every, looked[:] = sum(looked), []
+    alone = largest_rates(lanes, [Limit("e2e_mean", 1, 1.0)], beyond=False)
+    assert alone.rate.tolist() == whole.rate.tolist() and alone.excess.tolist() == whole.excess.tolist()
+    assert sum(looked) < every
+    assert_close(whole.rate, np.where(roots < 0, 0.0, np.minimum(roots, 0.9989)) * capacity, rtol=2e-6)
+
+
+def test_draws_of_several_candidates_are_those_of_each(deployment):
+    load, ask = Workload(64.0, 64.0, arrival_rate=1.0), {"acceptance": ACCEPTANCE, "max_batched_tokens": None}
+    limits = [parse_limit(f"{name}<{bound}", SIZED) for name, bound in (("ttft_p95", 0.25), ("tpot_mean", 0.03))]
+    metrics = ["ttft_p95", "tpot_mean", "e2e_mean"]
+    pool = candidates([server_of(deployment)], [None], load, 4, None, metrics, ask | {"drafter_params": None})
+    together = drawn_rates(pool, [0, 3], limits)
+    for place, rates in together.items():
+        assert rates.size == 64 and np.ptp(rates) > 0
+        assert rates.tolist() == drawn_rates(pool, [place], limits)[place].tolist()
+    unsure = candidates(
+        [server_of(replace(deployment, uncertainty=None))],
+        [None],
+        load,
+        0,
+        None,
+        metrics,
+        ask | {"drafter_params": None},
+    )
+    assert drawn_rates(unsure, [0], limits)[0].size == 0
 
 
 def test_every_candidates_rate_is_where_its_limits_are_reached(values_at, answer):

@@ -92,7 +92,7 @@ def command(
 
     deployment, unmeasured = subject.find(joint.with_mean_lengths(asked), max_draft_length)
     if joint.asked:
-        apart = {"--capture-sizes": capture_sizes, "--plot": plot, "--drafter-params": asked.drafter_params}
+        apart = {"--capture-sizes": capture_sizes, "--drafter-params": asked.drafter_params}
         joint.refuse(apart)
         prices, listed = read_prices(cost_per_hour)
         question = {"max_draft_length": max_draft_length, "slo": slo or [], "objective": objective}
@@ -100,6 +100,10 @@ def command(
         answer, notes, files = _jointly(deployment, unmeasured, asked, joint, placing, question)
         note(notes)
         note(answer["warnings"], "warning")
+        if plot is not None:
+            from diffspec.report import figures, joint_figures
+
+            files[plot] = figures.picture(joint_figures.joint(answer), plot)
         inputs = subject.inputs + joint.inputs + placing.inputs + listed
         deliver(answer, _joint_tables, as_json=as_json, out=out, files=files, inputs=inputs)
         if answer["outcome"] != "successful":

@@ -51,15 +51,22 @@ class Candidates:
         return found
 
     def sized(
-        self, largest: np.ndarray, target: float, headroom: float, limits: Sequence[Limit], binding: np.ndarray
+        self,
+        largest: np.ndarray,
+        target: float,
+        headroom: float,
+        limits: Sequence[Limit],
+        binding: np.ndarray,
+        energy: bool = True,
     ) -> list[dict[str, Any]]:
-        """Each candidate with the replicas that a target rate needs; ``replicas`` None where its rate is 0."""
+        """Each candidate with the replicas that a target rate needs; ``replicas`` None where its rate is 0. Without
+        ``energy`` that is not looked at."""
         serves = largest > 0
         wanted = np.where(serves, target / np.where(serves, (1.0 - headroom) * largest, 1.0), 0.0)
         replicas = np.maximum(np.ceil(wanted * (1.0 - 1e-9)), 1.0)
         rates = np.where(serves, target / replicas, 1e-9)
         values, _ = evaluate(self.lanes, rates)
-        joules = self.joules(values["batch"], rates)
+        joules = self.joules(values["batch"], rates) if energy else np.full(len(rates), np.nan)
         output = float(self.workload.output_length)
         entries = []
         for place, rate in enumerate(largest):

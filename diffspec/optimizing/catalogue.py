@@ -185,7 +185,7 @@ def _candidates(entry: dict[str, Any], where: str):
         rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
         try:
             longest = max(len(row) for row in rows)
-            table = np.asarray([[*(float(p) for p in row), *[0.0] * (longest - len(row))] for row in rows])
+            table = np.asarray([[*(_real(p) for p in row), *[0.0] * (longest - len(row))] for row in rows])
             return np.asarray(check_probabilities(table))
         except (TypeError, ValueError, InputError) as error:
             raise InputError(
@@ -240,7 +240,10 @@ def _entries(text: str, source: str, key: str, allowed: tuple[str, ...]):
         raise InputError(f"{source}: got no list of mappings; allowed: '{key}:' and one entry each, '- name: ...'")
     names: set[str] = set()
     for number, entry in enumerate(entries, 1):
-        name = str(entry.get("name", number))
+        name = entry.get("name", number)
+        if isinstance(name, bool) or not isinstance(name, str | int | float):
+            raise InputError(f"{source}: entry {number}: name: got {name!r}; allowed: a text, quoted where in doubt")
+        name = str(name)
         unknown = [str(field) for field in entry if field not in allowed]
         if unknown:
             raise InputError(f"{source}: {name!r}: got {', '.join(unknown)}; allowed: {', '.join(allowed)}")
@@ -250,12 +253,19 @@ def _entries(text: str, source: str, key: str, allowed: tuple[str, ...]):
         yield entry, name
 
 
+def _real(value: Any) -> float:
+    """A number of YAML, where true and false are none, and a text such as 5e8 is one."""
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
 def _number(entry: dict[str, Any], where: str, field: str, default, low, high, low_open=False) -> float:
     value = entry.get(field, default)
     if value is None:
         raise InputError(f"{where}: {field} is missing; allowed: {low:g} to {high:g}")
     try:
-        value = float(value)
+        value = _real(value)
     except (TypeError, ValueError):
         raise InputError(f"{where}: {field}: got {value!r}; allowed: a number") from None
     check_range(f"{where}: {field}", value, low, high, low_open=low_open, unit="")
@@ -276,7 +286,7 @@ def _acceptance(entry: dict[str, Any], where: str):
         if given[0] == "position_acceptance":
             values = value if isinstance(value, list) else str(value).replace(",", ";").split(";")
         try:
-            rates = [float(part) for part in values]
+            rates = [_real(part) for part in values]
         except (TypeError, ValueError):
             raise InputError(f"{where}: {given[0]}: got {value!r}; allowed: 0 to 1") from None
         for rate in rates:

@@ -7,6 +7,7 @@ length. Limits are checked under the schedule. It is chosen over draws of what i
 (:mod:`diffspec.optimizing.tiers`).
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,8 +39,10 @@ from diffspec.optimizing.policy_answer import (
 )
 from diffspec.optimizing.robust_choice import (
     BROKEN,
+    FINER,
     Risk,
     best,
+    best_worth_having,
     candidates,
     judge,
     limit_excess,
@@ -241,16 +244,13 @@ def _schedule_for(
     tables = [cost, point]
     if asked.limits:
         tables.append(cost + BROKEN * limit_excess(centre, asked.limits, asked.output_length))
-    found = candidates(
-        tables,
-        asked.lengths,
-        capped=bool(asked.limits),
-        weight=_weight(centre, point, loads, asked),
-        min_gain=asked.min_gain,
-        min_width=asked.min_width,
+    weight, more = _weight(centre, point, loads, asked), {"capped": bool(asked.limits), "min_width": asked.min_width}
+    found, *finer = (
+        candidates(tables, asked.lengths, weight=weight, min_gain=part * asked.min_gain, **more)
+        for part in (1.0, *FINER)
     )
     statics = [np.full(batches, k) for k in range(asked.max_draft_length + 1)]
-    both = np.stack(found + statics)
+    both = np.stack([*found, *statics, *itertools.chain(*finer)])
 
     def under(tables: BatchTables) -> UnderSchedule:
         return under_schedules(tables, both, loads, asked.loop, asked.output_length)
@@ -262,7 +262,8 @@ def _schedule_for(
         report("latency under schedules", 0.5 + 0.35 * place / len(drawn))
     by_risk = [at_centre] if asked.risk.kind == "point" else under_draws
     judged = judge(by_risk, asked.limits, asked.objective, asked.risk)
-    chosen = best(judged, range(len(found)))
+    after = range(len(found) + len(statics), len(both))
+    chosen = best_worth_having(judged, both, range(len(found)), after, asked.min_gain)
     static = best(judged, [len(found) + k for k in asked.lengths])
     plain = len(found)  # k = 0 at every batch
     schedule = both[chosen]

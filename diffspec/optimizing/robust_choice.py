@@ -10,6 +10,10 @@ break a limit at that batch put last. Each candidate is then judged whole, at ev
 with R the expectation (a saturated draw counts with its latency at 0.999 of capacity, a lower bound), a quantile (a
 saturated draw is worse than any other), or the value of the fit itself. Logarithms, so that no load counts for more
 because its latency is large: a share of a low latency is worth as much as the same share of a high one.
+
+At given costs no schedule does better at any load than the one with the largest death rate at each batch: a birth-death
+chain whose deaths are faster in every state holds fewer requests, in equilibrium and on the way to it. So what is left
+to choose between is what the costs are, and how many tiers are worth having.
 """
 
 from collections.abc import Sequence
@@ -26,6 +30,9 @@ from diffspec.results import InputError
 
 BROKEN = 100.0
 """Log cost of each log excess over a limit, in the candidates that keep limits batch by batch."""
+
+FINER = (0.25, 0.0)
+"""Shares of the least gain at which tiers are merged for the candidates with finer tiers."""
 
 MOST_SATURATED = 0.5
 """An expectation is no answer where more draws than that saturate."""
@@ -190,3 +197,21 @@ def judge(found: Sequence[UnderSchedule], limits: Sequence[Limit], objective: st
 def best(judged: Judged, among: Sequence[int]) -> int:
     """The schedule with the least score of those ``among`` [places]; the first of equals."""
     return min(among, key=lambda place: (judged.score[place, 0], float(judged.score[place, 1])))
+
+
+def best_worth_having(
+    judged: Judged, schedules: np.ndarray, among: Sequence[int], finer: Sequence[int], min_gain: float
+) -> int:
+    """The best of ``schedules`` [schedules, batches] ``among`` [places], or one of those with ``finer`` tiers, of which
+    each that it has more must be worth ``min_gain`` [1] of the objective over the loads: a share of the pace that is
+    too small to count at its batches is worth more to those who wait behind them."""
+    first = best(judged, among)
+    tiers = 1 + np.count_nonzero(np.diff(schedules), axis=1)
+    chosen, least = first, (judged.score[first, 0], judged.score[first, 1])
+    for place in finer:
+        feasible, value = judged.score[place]
+        more = max(tiers[place] - tiers[first], 0)
+        score = feasible, value * (1.0 + min_gain) ** np.copysign(more, value)
+        if score < least:
+            chosen, least = place, score
+    return chosen

@@ -146,16 +146,17 @@ def size(
     pool = candidates(kept, priced, workload, max_draft_length, max_batch_size, [*_columns(limits), latency], ask)
     found = largest_rates(pool.lanes, limits)
 
-    def sized_at(rates):
-        entries = pool.sized(rates, float(target_rate), float(headroom), limits, found.binding)
+    def sized_at(rates, whole: bool = True):
+        known = whole or aim == "energy"
+        entries = pool.sized(rates, float(target_rate), float(headroom), limits, found.binding, energy=known)
         return entries, pool.ranked(entries, aim)
 
-    sized, ranked = sized_at(found.rate)
+    sized, ranked = sized_at(found.rate, whole=risk is None)
     drawn: dict[int, np.ndarray] = {}
     if risk is not None and ranked:
         report("the rate that enough draws sustain", 0.4)
         looked = dict.fromkeys([*ranked[:SHORTLIST], *[at for at in ranked if pool.draft_length[at] == 0][:1]])
-        drawn = {place: drawn_rates(pool, place, limits) for place in looked}
+        drawn = drawn_rates(pool, list(looked), limits)
         sure = np.zeros(len(found.rate))
         for place, rates in drawn.items():
             if not len(rates):
@@ -172,7 +173,7 @@ def size(
         return answer | {"infeasible": _infeasible(pool, centre, limits, found, drawn, risk)}
     report("Pareto front", 0.8)
     best, plain = ranked[0], next((place for place in ranked if pool.draft_length[place] == 0), None)
-    rates = drawn[best] if drawn else drawn_rates(pool, best, limits)
+    rates = drawn[best] if drawn else drawn_rates(pool, [best], limits)[best]
     fields = {name: float(getattr(workload, name)) for name in ("prompt_length", "output_length")}
     fields["arrival_rate"] = sized[best]["arrival_rate"]
     length = float(pool.draft_length[best])

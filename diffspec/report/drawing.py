@@ -7,7 +7,15 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from diffspec.fitting.deployment import FittedDeployment
-from diffspec.report import boundary_figures, figures, measured, policy_figures, sensitivity_figures, sizing
+from diffspec.report import (
+    boundary_figures,
+    figures,
+    joint_figures,
+    measured,
+    policy_figures,
+    sensitivity_figures,
+    sizing,
+)
 from diffspec.report.files import check_target, write_files
 from diffspec.results import InputError
 from diffspec.traces import Trace
@@ -16,6 +24,7 @@ _OF_KEY = {
     "elasticities": sensitivity_figures.tornado,
     "contours": boundary_figures.boundary,
     "contexts": policy_figures.load_policy,
+    "drafters": joint_figures.joint,
     "recommended": sizing.sizing_figure,
     "static_draft_length": figures.policy,
 }

@@ -90,7 +90,9 @@ def _draft(entry: Mapping[str, Any]) -> str:
 def _common(goal: str, common: Mapping[str, Any]) -> str:
     if not common["feasible"]:
         return "none"
-    return f"{common['drafter']} {common['draft_length']}: {_objective(goal, common['objective'])}"
+    tree = common.get("tree")
+    drafted = common["draft_length"] if tree is None else f"tree of {tree['nodes']}, {tree['depth']} deep"
+    return f"{common['drafter']} {drafted}: {_objective(goal, common['objective'])}"
 
 
 def _objective(text: str, value: float | None) -> str:

@@ -1,17 +1,25 @@
 """Draft length by batch on loads that change, played in the simulator: regret of `diffspec policy` and of its rivals.
 
-    python experiments/07_optimise/policy_regret.py [--shared FOLDER] [--models FOLDER] [--seeds 6]
+    python experiments/07_optimise/policy_regret.py [--shared FOLDER] [--models FOLDER] [--seeds 2] [--held-out]
 
 Three models, whose truth the policy does not know: fits to vLLM on an H200 and to our serving loop on it (the engine
-that is played is one of the draws that the fit allows; two of them), and a synthetic server that was fitted to 20
+that is played is one of the draws that the fit allows; six of them), and a synthetic server that was fitted to 20
 simulated runs (the engine is the planted one). A fit's prefill_interference, which the simulator does not know, scales
 the prompts of the engine that is played, so that they take as much from others. Loads: a ramp from a tenth of the
 capacity to 0.95 and back, bursts (0.3 of the capacity, every 8 s for 2 s 1.2 of it), and with --shared the arrivals of
 two Azure services (2023), sped up to a mean of 0.55 (conversations) and 0.3 (code, far burstier) of the capacity, in
 pieces. Lengths are those of the model.
 
+How the policy is chosen was settled on these and more that was looked at meanwhile (twelve draws; two more questions;
+six more planted servers of experiment 06, seeds 1 to 3 and 11 to 13; daily waves, steps, a flash crowd). --held-out
+plays what was not: other draws, questions (acceptance and lengths), planted servers (seeds 21 to 24), seeds, loads
+(saw: a climb from 0.2 to 1.05 of the capacity in 6 s, three times; on-off: 0.9 and 0.15 of it, for times that are
+exponential with means of 3 and 5 s; peaks: 0.15 and, twice for 3 s, 0.8 of it; the Azure services at other means, 0.5
+and 0.35, and pieces, of the code service partly others); results in policy_regret_held_out.
+
 * policy: the schedule of `diffspec policy` by risk (mean, point, 0.9); "bands": with its hysteresis, as the Python
-  look-up plays it
+  look-up plays it; "tiers by pace": without the finer tiers that are worth it over the loads, though not at their
+  batches
 * policy, costs known: the same asked of the engine that is played: what is left is not ignorance of the costs
 * best static: one draft length for all batches, the best on this load and this engine, in hindsight
 * model static: the one that the policy calls best over its loads, in advance
@@ -34,6 +42,7 @@ import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from unittest.mock import patch
 
 import jax
 
@@ -69,7 +78,13 @@ SGLANG = {
     "64": {"candidate_steps": [0], "up_hysteresis": 0.0, "down_hysteresis": 0.0},
 }
 RISKS = ("mean", "point", "0.9")
-TRUTHS = 2
+DRAWS = (5, 15, 25, 35, 45, 55)
+HELD_OUT_DRAWS = (2, 13, 24, 36, 47, 58)
+HELD_OUT_PLANTED = (21, 22, 23, 24)
+FIRST_SEED = 100
+"""Of held-out runs."""
+OF_ONE = 3
+"""Times as many runs where there is one engine."""
 PIECE = 500
 """Requests of one run of Azure arrivals."""
 
@@ -82,6 +97,11 @@ class Case:
         self.prompt, self.output = prompt, output
         self.batches = int(deployment.defaults["max_batch_size"])
         self.answers = {risk: self.ask(deployment, risk) for risk in RISKS}
+
+    def by_pace(self) -> dict:
+        """The answer by risk mean without the finer tiers."""
+        with patch("diffspec.optimizing.load_policy.FINER", ()):
+            return self.ask(self.deployment, "mean")
 
     def ask(self, deployment: FittedDeployment, risk: str) -> dict:
         """What the policy answers without a load: over 0.1 to 0.9 of the capacity."""
@@ -125,10 +145,11 @@ def sglang_lengths(case: Case) -> np.ndarray:
     return np.asarray(found)
 
 
-def play(case: Case, truth: ServingModel, runs, plans) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mean e2e, p95 e2e [s], changes of draft length per run) of each plan (draft lengths, bands) in each run."""
+def play(case: Case, truth: ServingModel, runs, plans, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(mean e2e, p95 e2e [s], changes of draft length per run) of each plan (draft lengths, bands) in each run, whose
+    accepted tokens are drawn by seeds from ``first`` on."""
     engines = [case.engine(truth, *plan) for plan in plans]
-    lanes = [Lane(run, engine, seed=number) for engine in engines for number, run in enumerate(runs)]
+    lanes = [Lane(run, engine, seed=number) for engine in engines for number, run in enumerate(runs, first)]
     found = run_lanes(truth.step_time, lanes)
     shape = (len(plans), len(runs))
     mean, tail = (
@@ -138,13 +159,15 @@ def play(case: Case, truth: ServingModel, runs, plans) -> tuple[np.ndarray, np.n
     return mean, tail, np.asarray([lane.switches for lane in found]).reshape(shape)
 
 
-def search(case: Case, truth: ServingModel, runs, start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def search(
+    case: Case, truth: ServingModel, runs, start: np.ndarray, first: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Direct search: (draft lengths, their mean e2e by run, the p95 by run of the plan with the least mean p95, plans
     played)."""
     knots = [knot for knot in KNOTS if knot <= case.batches]
     edges = [*knots[1:], case.batches + 1]
     now, played = start, 1
-    mean, tail, _ = play(case, truth, runs, [(now, ())])
+    mean, tail, _ = play(case, truth, runs, [(now, ())], first)
     mean, tail = mean[0], tail[0]
 
     def moved(plan: np.ndarray, place: int, length: int) -> np.ndarray:
@@ -160,7 +183,7 @@ def search(case: Case, truth: ServingModel, runs, start: np.ndarray) -> tuple[np
             if 0 <= length <= LONGEST
         ]
         plans = [moved(now, *move) for move in moves]
-        means, tails, _ = play(case, truth, runs, [(plan, ()) for plan in plans])
+        means, tails, _ = play(case, truth, runs, [(plan, ()) for plan in plans], first)
         gains = means.mean(axis=1) / mean.mean() - 1.0
         together = now
         for place in range(len(knots)):
@@ -169,7 +192,7 @@ def search(case: Case, truth: ServingModel, runs, start: np.ndarray) -> tuple[np
             if gains[least] < 0:
                 together = moved(together, *moves[least])
         plans.append(together)
-        joint = play(case, truth, runs, [(together, ())])
+        joint = play(case, truth, runs, [(together, ())], first)
         means, tails = np.concatenate([means, joint[0]]), np.concatenate([tails, joint[1]])
         played += len(plans)
         least = int(np.argmin(tails.mean(axis=1)))
@@ -181,31 +204,41 @@ def search(case: Case, truth: ServingModel, runs, start: np.ndarray) -> tuple[np
         now, mean = plans[least], means[least]
 
 
-def scenarios(case: Case, truth: ServingModel, seeds: int, shared: Path | None) -> dict[str, list]:
+def scenarios(case: Case, truth: ServingModel, seeds: int, shared: Path | None, held_out: bool = False) -> dict:
     """Runs of each load, one a seed, at shares of the engine's capacity."""
-    top = case.capacity(truth)
-    shapes = {
-        "ramp": [(0.0, 0.1 * top), (10.0, 0.95 * top), (20.0, 0.1 * top)],
-        "bursts": [
-            point
-            for number in range(3)
-            for t, share in ((0, 0.3), (5, 0.3), (5, 1.2), (7, 1.2), (7, 0.3), (8, 0.3))
-            for point in [(8.0 * number + t, share * top)]
-        ],
-    }
-    made = {
-        name: [
-            from_arrivals(draw_arrivals(shape, np.random.default_rng([seed, place])), case.prompt, case.output)
-            for seed in range(seeds)
-        ]
-        for place, (name, shape) in enumerate(shapes.items())
-    }
-    for name, share in (("conv", 0.55), ("code", 0.3)) if shared is not None else ():
+    top, first = case.capacity(truth), FIRST_SEED if held_out else 0
+    made: dict[str, list] = {}
+    for place, name in enumerate(("saw", "on-off", "peaks") if held_out else ("ramp", "bursts")):
+        made[name] = []
+        for seed in range(first, first + seeds):
+            random = np.random.default_rng([seed, place])
+            shape = [(time, share * top) for time, share in shape_of(name, random)]
+            made[name].append(from_arrivals(draw_arrivals(shape, random), case.prompt, case.output))
+    means = (("conv", 0.5), ("code", 0.35)) if held_out else (("conv", 0.55), ("code", 0.3))
+    for name, share in means if shared is not None else ():
         times = azure(shared / "traces" / "arrivals_azure2023" / f"AzureLLMInferenceTrace_{name}.csv")
         times = times * (len(times) / times[-1]) / (share * top)
-        pieces = np.array_split(times, len(times) // PIECE)[:: len(times) // PIECE // seeds][:seeds]
+        every = len(times) // PIECE // seeds
+        pieces = np.array_split(times, len(times) // PIECE)[every // 3 + 1 if held_out else 0 :: every][:seeds]
         made[f"azure {name}"] = [from_arrivals(piece - piece[0], case.prompt, case.output) for piece in pieces]
     return made
+
+
+def shape_of(name: str, random) -> list[tuple[float, float]]:
+    """(time [s], share of the capacity), joined by straight lines."""
+    if name == "ramp":
+        return [(0.0, 0.1), (10.0, 0.95), (20.0, 0.1)]
+    if name == "bursts":
+        corners = ((0, 0.3), (5, 0.3), (5, 1.2), (7, 1.2), (7, 0.3), (8, 0.3))
+        return [(8.0 * number + time, share) for number in range(3) for time, share in corners]
+    if name == "saw":
+        return [(6.0 * number + time, share) for number in range(3) for time, share in ((0.0, 0.2), (6.0, 1.05))]
+    if name == "peaks":
+        corners = ((0, 0.15), (6, 0.15), (6, 0.8), (9, 0.8), (9, 0.15), (12, 0.15))
+        return [(12.0 * number + time, share) for number in range(2) for time, share in corners]
+    ends = np.cumsum(random.exponential([3.0, 5.0] * 3)).tolist()
+    spans = zip([0.0, *ends], ends, (0.9, 0.15) * 3, strict=False)
+    return [(time, share) for start, end, share in spans for time in (start, end)]
 
 
 def azure(path: Path) -> np.ndarray:
@@ -226,19 +259,27 @@ def fitted(table: str, folder: Path) -> FittedDeployment:
 
 def synthetic(folder: Path) -> tuple[FittedDeployment, ServingModel, AbstractPositionwise]:
     """A planted server of experiment 06, and the fit of 20 simulated runs of it."""
-    sys.path.insert(0, str(HERE.parent / "06_fit"))
     import design
-    import recovery
 
     acceptance = PositionAcceptance(jnp.asarray([0.85, 0.78, 0.7, 0.62, 0.55, 0.5, 0.45]))
     planted = ServingModel(jax.tree.map(jnp.asarray, design.COSTS), request_overhead=design.OVERHEAD)
-    path = folder / "synthetic.json"
+    return fit_to_runs(folder / "synthetic.json", planted, 0.75, 0), planted, acceptance
+
+
+def fit_to_runs(path: Path, planted: ServingModel, rate: float, seed: int) -> FittedDeployment:
+    """The model of the 20 runs, fitted once and kept in a folder."""
+    import design
+    import recovery
+
     if not path.exists():
-        rows = [recovery.measured(planted, 0.75, cell, 300, number) for number, cell in enumerate(recovery.CELLS)]
+        rows = [
+            recovery.measured(planted, rate, cell, 200 if seed else 300, 1000 * seed + number)
+            for number, cell in enumerate(recovery.CELLS)
+        ]
         path.write_text(
             diffspec.fit(design.table(rows), step_time="roofline", all_rows=True).to_json(), encoding="utf-8"
         )
-    return read_model(path).deployment(), planted, acceptance
+    return read_model(path).deployment()
 
 
 def playable(model: ServingModel) -> ServingModel:
@@ -248,16 +289,28 @@ def playable(model: ServingModel) -> ServingModel:
     return eqx.tree_at(where, model, (share * where(model)[0], share * where(model)[1], np.asarray(1.0)))
 
 
-def cases(folder: Path) -> list[Case]:
+def cases(folder: Path, held_out: bool = False) -> list[Case]:
+    sys.path.insert(0, str(HERE.parent / "06_fit"))
+    import recovery
+
+    asked = [("vllm_h200", 0.8, 512.0, 128.0), ("instrument_h200", 0.7, 256.0, 128.0)]
+    if held_out:
+        asked = [("vllm_h200", 0.72, 256.0, 256.0), ("instrument_h200", 0.78, 512.0, 128.0)]
     made = []
-    for table, alpha, prompt in (("vllm_h200", 0.8, 512.0), ("instrument_h200", 0.7, 256.0)):
+    for table, alpha, prompt, output in asked:
         deployment = fitted(table, folder)
         assert deployment.uncertainty is not None
-        drawn = list(each(deployment.uncertainty.models(deployment.serving, 64)))[5 : 64 : 64 // TRUTHS][:TRUTHS]
-        truths = [playable(model) for model in drawn]
-        made.append(Case(table, deployment, ConstantAcceptance(alpha), truths, prompt, 128.0))
-    deployment, planted, acceptance = synthetic(folder)
-    made.append(Case("synthetic", deployment, acceptance, [planted], 256.0, 128.0))
+        drawn = list(each(deployment.uncertainty.models(deployment.serving, 64)))
+        truths = [playable(drawn[place]) for place in (HELD_OUT_DRAWS if held_out else DRAWS)]
+        name = f"{table} ({alpha:g}, {prompt:g}+{output:g})" if held_out else table
+        made.append(Case(name, deployment, ConstantAcceptance(alpha), truths, prompt, output))
+    if not held_out:
+        deployment, planted, acceptance = synthetic(folder)
+        return [*made, Case("synthetic", deployment, acceptance, [planted], 256.0, 128.0)]
+    for seed in HELD_OUT_PLANTED:
+        planted, alpha = recovery.server(np.random.default_rng(seed))
+        deployment = fit_to_runs(folder / f"plant{seed}.json", planted, alpha, seed)
+        made.append(Case(f"synthetic {seed}", deployment, ConstantAcceptance(alpha), [planted], 256.0, 128.0))
     return made
 
 
@@ -266,8 +319,9 @@ def interval(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), "half_width": half}
 
 
-def contest(case: Case, load: str, runs_of) -> dict:
-    """Everybody on one load; ``runs_of``: the runs of each engine that may be the true one."""
+def contest(case: Case, load: str, runs_of, first: int) -> dict:
+    """Everybody on one load; ``runs_of``: the runs of each engine that may be the true one;
+    ``first``: seed of the first engine's runs."""
     regrets: dict[str, list] = {}
     told = {
         "requests": int(np.mean([len(run) for runs in runs_of for run in runs])),
@@ -275,10 +329,11 @@ def contest(case: Case, load: str, runs_of) -> dict:
         "best_static": [],
         "plans": 0,
     }
-    for truth, runs in zip(case.truths, runs_of, strict=True):
-        plans = {}
+    for place, (truth, runs) in enumerate(zip(case.truths, runs_of, strict=True)):
+        plans, seed = {}, first + 1000 * place
         for risk, answer in case.answers.items():
             plans[f"policy, {risk}"] = (lengths_of(answer["schedule"], case.batches), ())
+        plans["policy, mean, tiers by pace"] = (lengths_of(case.by_pace()["schedule"], case.batches), ())
         known = replace(case.deployment, serving=truth, uncertainty=None)
         plans["policy, costs known"] = (lengths_of(case.ask(known, "point")["schedule"], case.batches), ())
         bands = [(band["down"], band["up"]) for band in case.answers["mean"]["bands"]]
@@ -289,11 +344,11 @@ def contest(case: Case, load: str, runs_of) -> dict:
         plans["SGLang default table"] = (sglang_lengths(case), ())
         statics = {f"k={k}": (np.full(case.batches, k), ()) for k in range(LONGEST + 1)}
         names = [*plans, *statics]
-        mean, tail, switches = play(case, truth, runs, [*plans.values(), *statics.values()])
+        mean, tail, switches = play(case, truth, runs, [*plans.values(), *statics.values()], seed)
         best = int(np.argmin(mean[len(plans) :].mean(axis=1)))
         start = int(np.argmin(mean.mean(axis=1)))
         everything = {**plans, **statics}
-        oracle, least, least_tail, played = search(case, truth, runs, everything[names[start]][0])
+        oracle, least, least_tail, played = search(case, truth, runs, everything[names[start]][0], seed)
         lowest = tail[int(np.argmin(tail.mean(axis=1)))]
         least_tail = least_tail if least_tail.mean() < lowest.mean() else lowest
         rows = dict(zip(plans, range(len(plans)), strict=True)) | {"best static (hindsight)": len(plans) + best}
@@ -319,10 +374,11 @@ def contest(case: Case, load: str, runs_of) -> dict:
 def report(results: dict) -> str:
     names = list(results["contests"][0]["regret"])
     lines = [
-        "# Regret on loads that change",
+        f"# Regret on loads that change{', held out' if results.get('held_out') else ''}",
         "",
-        f"Mean regret in % (± half width of its 95 % interval) over {results['seeds']} runs an engine, against a",
-        "direct search in the simulator on the same runs; made by `policy_regret.py`, which says what each row is.",
+        f"Mean regret in % (± half width of its 95 % interval) over {results['seeds']} runs an engine, thrice as many",
+        "of one engine alone, against a direct search in the simulator on the same runs; made by",
+        "`policy_regret.py`, which says what each row is.",
     ]
     for key, title in (("mean_e2e", "Mean end-to-end latency"), ("p95_e2e", "p95 of the end-to-end latency")):
         columns = [f"{entry['model']}, {entry['load']}" for entry in results["contests"]]
@@ -356,9 +412,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shared", type=Path, help="folder with traces/arrivals_azure2023")
     parser.add_argument("--models", type=Path, help="folder where fitted models are kept")
-    parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--seeds", type=int, default=2, help="runs of an engine; of a planted one thrice as many")
+    parser.add_argument("--held-out", action="store_true", help="what was not looked at while the policy was built")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    out = options.out or HERE / f"policy_regret{'_held_out' if options.held_out else ''}.json"
     prepare_jax()
     shared = options.shared
     without = ""
@@ -368,20 +426,21 @@ def main() -> None:
     folder = options.models or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     contests, schedules = [], {}
-    for case in cases(folder):
+    for case in cases(folder, options.held_out):
         schedules[case.name] = {name: case.answers["mean"][name] for name in ("schedule", "off_above")}
         schedules[case.name]["bands"] = [[band["down"], band["up"]] for band in case.answers["mean"]["bands"]]
-        runs_of = [scenarios(case, truth, options.seeds, shared) for truth in case.truths]
+        seeds = options.seeds if len(case.truths) > 1 else OF_ONE * options.seeds
+        runs_of = [scenarios(case, truth, seeds, shared, options.held_out) for truth in case.truths]
         for load in runs_of[0]:
-            start = time.monotonic()
-            contests.append(
-                contest(case, load, [runs[load] for runs in runs_of]) | {"seconds": time.monotonic() - start}
-            )
+            start, first = time.monotonic(), 10_000 * len(contests) + FIRST_SEED * options.held_out
+            found = contest(case, load, [runs[load] for runs in runs_of], first)
+            contests.append(found | {"seconds": time.monotonic() - start})
             shown = {name: round(100 * told["mean_e2e"]["mean"], 2) for name, told in contests[-1]["regret"].items()}
             print(case.name, load, contests[-1]["requests"], f"{contests[-1]['seconds']:.0f} s", shown, flush=True)
-    results = {"seeds": options.seeds, "without": without, "schedules": schedules, "contests": contests}
-    options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    options.out.with_suffix(".md").write_text(report(results), encoding="utf-8")
+    results = {"seeds": options.seeds, "held_out": options.held_out, "without": without}
+    results |= {"schedules": schedules, "contests": contests}
+    out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(report(results), encoding="utf-8")
 
 
 if __name__ == "__main__":
