@@ -287,7 +287,8 @@ def test_the_command_decides_jointly(deployment, tmp_path, capsys):
     command = ["optimize", str(tmp_path / "model.json"), "--arrival-rate", "2,12", "--max-draft-length", "5"]
     command += ["--classes", str(tmp_path / "classes.yaml"), "--drafters", str(tmp_path / "drafters.yaml")]
     command += ["--batch-caps", "8,48", "--acceptance-rate", "0.8"]
-    assert main([*command, "--out", str(tmp_path / "answer.json")]) == 0
+    assert main([*command, "--out", str(tmp_path / "answer.json"), "--plot", str(tmp_path / "a.svg")]) == 0
+    assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")
     shown = capsys.readouterr().out
     assert "joint decision by load" in shown and "what each class gets" in shown
     told = json.loads((tmp_path / "answer.json").read_text())

@@ -62,8 +62,7 @@ def command(
 
     Before any trace, or on other hardware: --verifier and --hardware as predict takes them. With --classes, --drafters,
     --batch-caps or --replicas the drafter, the draft length of each class or the tree, the batch cap and how many
-    replicas share the load are decided together at each load; limits and objectives are then means, utilization, cost
-    and capacity.
+    replicas share the load are decided together at each load; capacity is an objective then, too.
     Of a folder of models (fit --fleet) the best draft length of each is found at once.
     With --experts it also places a mixture's experts on --expert-ranks, together with the draft length.
     """
