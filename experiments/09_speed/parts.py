@@ -149,7 +149,7 @@ def joint(folder: Path, quick: bool) -> dict[str, Any]:
     asked = {"classes": classes(2), "drafters": (SMALL, LARGE), "max_draft_length": 5, "batch_caps": CAPS}
     answers: list[dict] = []
     verb = partial(optimize_jointly, own, loads=(2.0, 12.0), slo=("ttft_mean<0.5",), **asked)
-    told = first_and_later(lambda: answers.append(verb()), COMPILES, 0.0, 2 if quick else 5)
+    told = first_and_later(lambda: answers.append(verb()), COMPILES, 0.0, 2 if quick else 3)
     points = sum(entry["evaluated"] for entry in answers[-1]["table"])
     what = "2 classes, 2 drafters, 2 batch caps, draft length 0 to 5, 2 loads, one limit"
     return {"rows": [{"of": "optimize_jointly", "what": what, "whole_points": points} | told]}

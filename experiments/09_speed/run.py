@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--peers", type=Path, metavar="FOLDER")
     parser.add_argument("--out", type=Path, metavar="FOLDER")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep the fitted model there, for another --only")
     asked = parser.parse_args()
     chosen = PARTS if asked.only is None else tuple(asked.only.split(","))
     unknown = [name for name in chosen if name not in PARTS]
@@ -151,8 +152,8 @@ def main() -> None:
         parser.error(f"--only: got {', '.join(unknown)}; allowed: {', '.join(PARTS)}")
     with contextlib.ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
-        work, peers = temporary / "work", asked.peers or temporary / "peers"
-        work.mkdir()
+        work, peers = asked.work or temporary / "work", asked.peers or temporary / "peers"
+        work.mkdir(parents=True, exist_ok=True)
         peers.mkdir(parents=True, exist_ok=True)
         out = asked.out or (Path(tempfile.mkdtemp(prefix="suite-")) if asked.quick else HERE)
         out.mkdir(parents=True, exist_ok=True)

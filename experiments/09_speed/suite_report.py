@@ -124,9 +124,17 @@ def commands(part: dict[str, Any]) -> list[str]:
     rows = []
     for row in part["rows"]:
         top = ", ".join(f"{name} {value:.2f}" for name, value in list(row["top_imports_s"].items())[:5])
-        times = (f"{row['cold_s']:.2f}", f"{row['warm_s']:.2f}", f"{row['imports_s']:.2f}")
+        times = [f"{row[f'{kind}_s']:.2f} ({row[f'{kind}_cpu_s']:.2f})" for kind in ("cold", "warm")]
+        times.append(f"{row['imports_s']:.2f}")
         rows.append((f"`{row['command']}`", *times, f"{row['imports_share']:.0%}", top))
-    head = ("command", "cold, s", "warm, s", "imports, s", "share", "largest, own time of their modules [s]")
+    head = (
+        "command",
+        "cold, s (CPU)",
+        "warm, s (CPU)",
+        "imports, s",
+        "share",
+        "largest, own time of their modules [s]",
+    )
     text = (
         "A fresh process each, Python's start included. *Cold*: no compiled program is there; *warm*: those of the "
         "cold run are; *imports*: own times of all modules in a third, profiled run (`python -X importtime`), and "
