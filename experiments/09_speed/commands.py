@@ -4,8 +4,8 @@ imports go (`python -X importtime`).
 
     python experiments/09_speed/commands.py FOLDER [--quick]
 
-prints one JSON object; `run.py` calls it. FOLDER holds the fitted model. Shares of imports are of the warm run that is
-profiled, which the profile makes slower.
+prints one JSON object; `run.py` calls it. FOLDER holds the fitted model. The warm run is the one that is profiled,
+which costs it some hundredths of a second.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE), str(HERE.parent / "10_monitoring")]
-from command_times import TRACE, run
+from command_times import TRACE
 from measure import say
 
 PROGRAM = "import sys; from diffspec.cli import main; sys.exit(main())"
@@ -44,7 +44,8 @@ def recording(folder: Path) -> None:
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
-    """Arguments of every command, as README.md shows them."""
+    """Arguments of every command, as README.md shows them, but for `fit` and `demo`, minutes long where other work
+    runs: `command_times.py` has theirs."""
     load = ["--arrival-rate", "3", "--draft-length", "4"]
     loads = ["--arrival-rate", "1:4:1", "--acceptance-rate", "0.8", "--max-draft-length", "6"]
     axes = ["--x", "arrival_rate=0.5:4", "--y", "acceptance_rate=0.3:0.95"]
@@ -67,7 +68,6 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "design": ["design", "model.json", "--budget", "6", "--max-draft-length", "6"],
         "report": ["report", "model.json", str(TRACE), "--out", "report.html"],
         "monitor": ["monitor", "planted.json", "--replay", "recorded.txt", "--json"],
-        "fit": ["fit", str(TRACE), "--out", "fitted.json"],
     }
 
 
@@ -87,16 +87,22 @@ def profile(text: str) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda entry: -entry[1]))
 
 
-def profiled(arguments: list[str], folder: Path, cache: Path) -> dict[str, Any]:
-    """One warm run with its import profile."""
+def ran(arguments: list[str], folder: Path, cache: Path, profiled: bool) -> dict[str, Any]:
+    """Seconds of one run in a fresh process, of CPU too, and its import profile where asked."""
     environment = os.environ | {"DIFFSPEC_CACHE_DIR": str(cache), "COLUMNS": "100"}
-    start = time.perf_counter()
-    command = [sys.executable, "-X", "importtime", "-c", PROGRAM, *arguments]
+    command = [sys.executable, *(["-X", "importtime"] if profiled else []), "-c", PROGRAM, *arguments]
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    wall, imports = time.perf_counter() - start, profile(done.stderr)
-    total = sum(imports.values())
-    top = dict(list(imports.items())[:TOP])
-    return {"profiled_s": wall, "imports_s": total, "imports_share": total / wall, "top_imports_s": top}
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise SystemExit(f"diffspec {' '.join(arguments)}: exit code {done.returncode}: {done.stderr[-300:]}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    if not profiled:
+        return {"cold_s": wall, "cold_cpu_s": cpu}
+    imports = profile(done.stderr)
+    total, top = sum(imports.values()), dict(list(imports.items())[:TOP])
+    told = {"warm_s": wall, "warm_cpu_s": cpu, "imports_s": total}
+    return told | {"imports_share": total / wall, "top_imports_s": top}
 
 
 def main() -> None:
@@ -112,13 +118,8 @@ def main() -> None:
         say(f"diffspec {name}", number / len(chosen))
         cache = folder / f"cache-{name.strip('-')}"
         shutil.rmtree(cache, ignore_errors=True)
-        row: dict[str, Any] = {"command": name}
-        for kind in ("cold", "warm"):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            row[f"{kind}_s"] = run(arguments, str(folder), cache)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            row[f"{kind}_cpu_s"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        rows.append(row | profiled(arguments, folder, cache))
+        cold = ran(arguments, folder, cache, profiled=False)
+        rows.append({"command": name} | cold | ran(arguments, folder, cache, profiled=True))
     print(json.dumps({"rows": rows}))
 
 

@@ -318,7 +318,7 @@ def scaling_policy(folder: Path, quick: bool) -> list[dict]:
     found = []
     for name, call in (("policy", verb), ("optimize", optimize)):
         calls = {}
-        for size in (10, 25, 50, 100, 200, 400)[: 4 if quick else 6]:
+        for size in (10, 25, 50, 100, 200)[: 4 if quick else 5]:
             loads = np.linspace(0.2, 4.0, size).tolist()
             calls[size] = partial(call, own, loads=loads, **asked)
         found.append(scaled(f"loads of `{name}`", "loads", calls, 4.0, 4))

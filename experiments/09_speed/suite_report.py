@@ -9,6 +9,8 @@ def seconds(value: float | None) -> str:
     """Three digits with a unit."""
     if value is None:
         return ""
+    if value == 0.0:
+        return "0"
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if abs(value) >= size:
             return f"{value / size:.3g} {unit}"
@@ -62,9 +64,9 @@ def verbs(parts: dict[str, Any]) -> list[str]:
     for name in ("fit", "joint", "policy", "log"):
         for row in parts.get(name, {"rows": []})["rows"]:
             rate = f", {row['rows_per_s']:.3g} rows/s" if "rows_per_s" in row else ""
-            timed = (seconds(row[key]) for key in ("compile_s", "first_call_s", "min_s", "median_s", "cpu_s"))
+            timed = (seconds(row.get(key)) for key in ("first_call_s", "compile_s", "min_s", "median_s", "cpu_s"))
             rows.append((row["of"], row["what"] + rate, str(row["programs"]), *timed, str(row["programs_later"])))
-    head = ("verb", "what", "programs", "of it compile", "first call", "least", "median", "CPU", "compiled later")
+    head = ("verb", "what", "programs", "first call", "of it compile", "least", "median", "CPU", "compiled later")
     text = (
         "In a process that has compiled nothing, without a compilation cache; then again. *Compile*: XLA alone. *CPU*: "
         "of all threads, the least of the repeats. *Compiled later*: programs in all the repeats together."
@@ -137,8 +139,8 @@ def commands(part: dict[str, Any]) -> list[str]:
     )
     text = (
         "A fresh process each, Python's start included. *Cold*: no compiled program is there; *warm*: those of the "
-        "cold run are; *imports*: own times of all modules in a third, profiled run (`python -X importtime`), and "
-        "their share of it."
+        "cold run are; *imports*: own times of all modules in the warm run (`python -X importtime`), and their share "
+        "of it."
     )
     return ["## Commands", "", text, "", *table(head, rows)]
 
@@ -300,5 +302,5 @@ def draw(suite: dict[str, Any], path: Path) -> None:
         axes.plot(upper, middle * upper ** curve["exponent"], color=line.get_color(), lw=1)
     axes.set(xscale="log", yscale="log", xlabel="size (rows, configurations, deployments, variables, loads)")
     axes.set_ylabel("seconds, least of the repeats")
-    axes.legend(fontsize=7, loc="upper left")
+    figure.legend(fontsize=7, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
