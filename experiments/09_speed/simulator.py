@@ -9,6 +9,7 @@ turns, with `ciw` (Palmer et al., 2019) where it is installed (`pip install ciw`
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -61,20 +62,12 @@ def ours() -> tuple[float, float]:
 
 def theirs() -> tuple[float, float]:
     """The same of ciw."""
-    import ciw  # type: ignore[import-not-found]
+    sys.path.insert(0, str(Path(__file__).parent / "peers"))
+    from ciw_peer import mm4
 
-    service = 0.01 * STEPS
-    network = ciw.create_network(
-        arrival_distributions=[ciw.dists.Exponential(LOAD * 4 / service)],
-        service_distributions=[ciw.dists.Exponential(1 / service)],
-        number_of_servers=[4],
-    )
-    ciw.seed(0)
     start = time.process_time()
-    simulation = ciw.Simulation(network)
-    simulation.simulate_until_max_customers(CUSTOMERS, method="Finish")
-    spent = time.process_time() - start
-    return spent / CUSTOMERS, float(np.mean([record.waiting_time for record in simulation.get_all_records()]))
+    customers, wait = mm4(0)
+    return (time.process_time() - start) / customers, wait
 
 
 def main() -> None:
