@@ -382,6 +382,32 @@ def dies(item: int) -> None:
 
 @pytest.mark.slow
 @CLUSTERS
+def test_logs_in_object_storage_are_those_on_disk(log, tmp_path, monkeypatch):
+    """A folder and a pattern of addresses on a server that speaks S3, read by two workers of their own."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    server = pytest.importorskip("moto.server", reason="moto[server] is not installed").ThreadedMotoServer(port=0)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    environment = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in (environment | {"AWS_ENDPOINT_URL": endpoint, "FSSPEC_S3_ENDPOINT_URL": endpoint}).items():
+        monkeypatch.setenv(name, value)
+    folder = scattered(log, tmp_path / "logs")
+    storage = pytest.importorskip("s3fs").S3FileSystem(endpoint_url=endpoint, key="x", secret="x")
+    storage.mkdir("bucket")
+    storage.put(str(folder), "bucket/logs", recursive=True)
+    tables = []
+    for source in (folder, "s3://bucket/logs", "s3://bucket/logs/*.parquet"):
+        table = tmp_path / f"points {len(tables)}.csv"
+        ran = run_command("import", source, "--engine", "dask", "--out", table)
+        assert ran.code == 0, ran.err
+        tables.append(pd.read_csv(table, comment="#"))
+    server.stop()
+    for table in tables[1:]:
+        assert_frame_equal(table, tables[0], rtol=1e-9)
+
+
+@pytest.mark.slow
+@CLUSTERS
 def test_a_partition_that_kills_its_workers_ends_in_one_line():
     import dask
 
