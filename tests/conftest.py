@@ -39,7 +39,15 @@ def shared() -> Path:
 
 LONGEST = (
     *("test_documents", "test_uncertainty", "test_decisions", "test_waiting", "test_transfer", "test_cli_commands"),
-    *("test_fit", "test_simulating", "test_serving", "test_update", "test_joint", "test_traces_hostile"),
+    *(
+        "test_fit",
+        "test_simulating",
+        "test_serving",
+        "test_update",
+        "test_joint",
+        "test_joint_tails",
+        "test_traces_hostile",
+    ),
     *("test_request_mix", "test_finite_runs", "test_expert_placement", "test_pooling", "test_design", "test_report"),
     *("test_report_page", "test_objectives", "test_replay", "test_boundary"),
     *("test_sensitivity_global", "test_monitor", "test_browser"),
