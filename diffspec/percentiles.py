@@ -112,14 +112,18 @@ def class_laws(
     )
     rate = sum(jnp.asarray(workload.arrival_rate, dtype=float) for workload in workloads)
     found = [_pmf(config) for config in configs]
-    pmf = None if any(one is None for one in found) else jnp.stack(found)  # type: ignore[arg-type]
+    longest = max(0 if one is None else len(one) for one in found)
+    pmf = None
+    if not any(one is None for one in found):
+        pmf = jnp.stack([jnp.pad(one, (0, longest - len(one))) for one in found])  # type: ignore[arg-type]
     pace, company = _met(model, request, rate, cap, states)
     pace = {name: jnp.broadcast_to(value, (*value.shape[:-1], *share.shape)).T for name, value in pace.items()}
     pace |= {} if pmf is None else {"tokens_pmf": pmf}
     output = jnp.asarray([workload.output_length for workload in workloads], dtype=float)
     law = jax.vmap(lambda pace, output, lengths: steps_law(Pace(**pace), output, lengths))(pace, output, lengths)
     full = pace["residence"][:, -1]
-    squares = full**2 * jax.vmap(lambda law: law.square)(law) / jnp.maximum(request.steps, 1e-12) ** 2
+    steps = jnp.where(request.steps > 0, request.steps, 1.0)
+    squares = full**2 * jnp.where(request.steps > 0, jax.vmap(lambda law: law.square)(law) / steps**2, 1.0)
     company = company(
         steps=law.steps.ravel(),
         share=(share[:, None] * law.share).ravel(),

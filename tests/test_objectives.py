@@ -199,14 +199,15 @@ def test_what_means_nothing_is_refused(deployment, asked, said):
 
 @pytest.mark.slow
 def test_batches_beyond_the_chain_have_no_percentile_and_say_so(deployment):
-    """Without a cap, at 0.999 of capacity: thousands in service, a mean but no percentile."""
-    config = deployment.configuration(1.0, acceptance=ACCEPTANCE)
+    """At a cap that is beyond any batch and 0.999 of capacity of draft length 1: thousands in service, a mean but no
+    percentile."""
+    config = deployment.configuration(1.0, acceptance=ACCEPTANCE, max_batch_size=1e6)
     capacity = predict_answer(deployment, Workload(**LENGTHS, arrival_rate=1.0), config, with_intervals=False)[
         "capacity"
     ]
-    asked = ASKED | {"loads": [0.9985 * capacity], "max_batch_size": None, "max_draft_length": 1, "slo": ["ttft_p95<9"]}
+    asked = ASKED | {"loads": [0.9985 * capacity], "max_batch_size": 1e6, "max_draft_length": 1, "slo": ["ttft_p95<9"]}
     answer = optimize(deployment, **asked)
-    assert answer["outcome"] == "infeasible" and answer["table"][0]["violations"]["ttft_p95<9"]["value"] is None
+    assert answer["table"][0]["draft_length"] == 0  # which serves more, and whose batch is small here
     assert any("no percentile is computed" in note for note in answer["warnings"])
 
 

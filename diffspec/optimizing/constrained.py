@@ -189,7 +189,8 @@ def _descend(x, at, done, evaluate, steps: int, tolerance: float, alike: Sequenc
             if pending.any():
                 x, at, pending = _search(x, at, start, direction, pending, evaluate)
         still[pending] = PATIENCE
-        small = np.abs(before - at[0]) < 1e-9 * (1.0 + np.abs(before))
+        with np.errstate(invalid="ignore"):  # lanes whose start has no finite value stay there
+            small = ~(np.abs(before - at[0]) >= 1e-9 * (1.0 + np.abs(before)))
         still = np.where(active & small, still + 1, np.where(active, 0, still))
     return x, at, still >= PATIENCE
 

@@ -58,7 +58,7 @@ class EveryLength(NamedTuple):
             states = self._states(self._evaluate(serving, _means, ())[0]["effective_batch_size"])
         found, saturated = self._evaluate(serving, *self._looked_at(states))
         if self.question.spread:
-            beyond = found["effective_batch_size"] > KNOWN_UP_TO * states
+            beyond = found["effective_batch_size"] > self._known_up_to(states)
             found |= {name: np.where(beyond, np.inf, found[name]) for name in self.question.percentiles}
             if "goodput" in found:
                 none = beyond | (found["goodput"] <= 1e-9 * found["throughput"])
@@ -84,7 +84,7 @@ class EveryLength(NamedTuple):
     def unknown(self, values: Values) -> list[str]:
         """A warning where the mean batch is beyond what percentiles are computed for."""
         batches = values["effective_batch_size"]
-        most = KNOWN_UP_TO * self._states(batches) if self.question.spread else np.inf
+        most = self._known_up_to(self._states(batches)) if self.question.spread else np.inf
         loads = [f"{rate:g}" for rate, row in zip(self._rates(), batches > most, strict=True) if row.any()]
         told = f"req/s some batches are above {most:.0f} req, where no percentile is computed"
         return [f"at {', '.join(loads)} {told}"] if loads else []
@@ -97,6 +97,11 @@ class EveryLength(NamedTuple):
         one: Workload = jax.tree.map(lambda leaf: leaf[0], self.workloads)
         cap = batch_cap(one, self.config)
         return states_for(None if cap is None else min(float(cap), MOST_STATES), float(batches.max()))
+
+    def _known_up_to(self, states: int) -> float:
+        """Mean batch [req] up to which percentiles are known: any where the chain is as long as the cap."""
+        cap = batch_cap(jax.tree.map(lambda leaf: leaf[0], self.workloads), self.config)
+        return np.inf if cap is not None and float(cap) <= states else KNOWN_UP_TO * states
 
     def _looked_at(self, states: int) -> tuple[Callable, tuple]:
         """:func:`looked_at` with its data."""

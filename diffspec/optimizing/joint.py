@@ -58,6 +58,8 @@ from diffspec.optimizing.joint_search import (
     rounded,
     score,
 )
+from diffspec.optimizing.limits import EQUAL
+from diffspec.optimizing.servers import server_of
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
 from diffspec.workload import check_range
@@ -138,7 +140,8 @@ def optimize_jointly(
         solved.append(relaxed(arm, shapes, goal, limits, asked.each, ranges, replicas=asked.sharing))
     between = _between(asked, arms, drafters)
     (own,) = arms_of(deployment, (), classes, ranges, acceptance or ANY, {}, **given)
-    own = looking_at(own, tails, asked) if deployment.plain_measured else None
+    powered = "energy" not in asked.looked_at or server_of(deployment).pair is not None
+    own = looking_at(own, tails, asked) if deployment.plain_measured and powered else None
     table, varied = [], []
     for i, load in enumerate(loads):
         report(f"{load:g} req/s: whole points", 0.6 + 0.4 * i / len(loads))
@@ -263,7 +266,9 @@ def _sure(asked: Question, load: float, arms: list[Arm], own: Arm | None, found:
     if at_risk is None:
         chosen = names.index(min(found.best, key=lambda one: one.key).same)
     else:
-        chosen = min(candidates, key=lambda n: (at_risk[n], listed[n].key))
+        flat = asked.goal.metrics == ("goodput",)
+        levels = np.round(at_risk / EQUAL) if flat else at_risk
+        chosen = min(candidates, key=lambda n: (levels[n], listed[n].key))
     winner = listed[chosen]
     placed = asked.replicas.index(int(winner.point.replicas[0]))
     base = names.index(baseline[placed].same) if baseline else None
@@ -337,7 +342,7 @@ def _entry(
         **point_told(point, arm, asked.classes, asked.goal, asked.shapes),
         "speedup": speedup,
         "headroom": headroom,
-        "violations": {} if feasible else violations(point, asked.limits, asked.classes, asked.shapes, load),
+        "violations": {} if feasible else violations(point, asked, load),
     }
 
 

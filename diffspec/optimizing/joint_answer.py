@@ -11,8 +11,11 @@ from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.observations import UNCAPPED
 from diffspec.optimizing.catalogue import RequestClass
 from diffspec.optimizing.constrained import Solution, tied_groups
+from diffspec.optimizing.every_length import KNOWN_UP_TO
 from diffspec.optimizing.joint_problem import ADDED_UP, Objective, excesses, over_all
+from diffspec.optimizing.joint_question import Question
 from diffspec.optimizing.joint_search import Arm, Ranges, Scored, as_reals, relaxable
+from diffspec.optimizing.joint_tails import UNKNOWN
 from diffspec.serving import MOST_STATES
 
 
@@ -92,7 +95,7 @@ def shadow_prices(solution: Solution, lane: int, goal, limits, classes, slopes) 
         return []
     told = []
     for number, entry in enumerate(limits):
-        price = float(solution.multipliers[lane, number] * max(slopes[number], 0.0))
+        price = float(solution.multipliers[lane, number] * max(slopes[number], 0.0)) + 0.0
         excess = float(solution.excess[lane, number])
         upper = entry.limit.sign > 0
         room = f"{'relaxing' if upper else 'lowering'} {entry.text(classes)} by 10 %"
@@ -108,21 +111,27 @@ def shadow_prices(solution: Solution, lane: int, goal, limits, classes, slopes) 
     return told
 
 
-def violations(point: Scored, limits, classes, shapes, load) -> dict[str, Any]:
+def violations(point: Scored, asked: Question, load: float) -> dict[str, Any]:
+    """Which limits a point breaks, and by how much; or its capacity, or an objective that it does not have."""
     if point.saturated[0]:
-        capacity = float(point.replicas[0] * over_all("capacity", point.metrics, shapes.share)[0])
+        capacity = float(point.replicas[0] * over_all("capacity", point.metrics, asked.shapes.share)[0])
         return {"capacity": {"value": finite(capacity), "bound": float(load), "shortfall": finite(load - capacity)}}
-    broken = {}
-    replicas = int(point.replicas[0])
-    for entry, excess in zip(limits, excesses(limits, point.metrics, shapes.share, replicas), strict=True):
+    broken, share, replicas = {}, asked.shapes.share, int(point.replicas[0])
+    for entry, excess in zip(asked.limits, excesses(asked.limits, point.metrics, share, replicas), strict=True):
         if float(np.asarray(excess)[0]) > 0:
             metric, number = entry.limit.metric, entry.number
-            value = (
-                over_all(metric, point.metrics, shapes.share) if number is None else point.metrics[metric][:, number]
-            )
+            value = over_all(metric, point.metrics, share) if number is None else point.metrics[metric][:, number]
             value = value[0] * (replicas if metric in ADDED_UP else 1)
-            broken[entry.text(classes)] = {"value": finite(value), "bound": entry.limit.bound}
+            broken[entry.text(asked.classes)] = {"value": finite(value), "bound": entry.limit.bound}
+    if not broken:  # no limit, but no request that counts, or a percentile that is not known
+        value = None if unmet_batch(point) else value_of(asked.goal, float(point.cost[0]), 1)
+        broken[asked.goal.text] = {"value": None if value is None else finite(value), "bound": None}
     return broken
+
+
+def unmet_batch(point: Scored) -> bool:
+    """Whether the mean batch of a point is beyond what percentiles are computed for."""
+    return UNKNOWN in point.metrics and bool(np.asarray(point.metrics[UNKNOWN])[0, 0] > 0)
 
 
 def class_told(one: RequestClass) -> dict[str, Any]:
@@ -174,6 +183,12 @@ def caveats(own: FittedDeployment, arms, classes, loads, longest, caps) -> list[
     if any(cap > MOST_STATES for cap in caps if cap < UNCAPPED):
         notes.append(
             f"waiting for a place is not counted at batch caps above {MOST_STATES}: they look better than they are"
+        )
+    tails = arms[0].drafted.tails
+    if tails is not None and tails.spread and max(caps) > tails.states:
+        notes.append(
+            f"above {KNOWN_UP_TO * tails.states:.0f} req in service on average no percentile is known: such points "
+            "count as breaking limits; give a batch cap"
         )
     if not own.plain_measured:
         notes.append("no k = 0 row was fitted: draft_length 0 is no candidate and no speedup is told")

@@ -147,9 +147,9 @@ def with_percentiles(arm: Arm, point: Scored, load: float, asked: Question) -> S
     if not asked.percentiles:
         return point
     assert arm.drafted.tails is not None
-    none = jnp.zeros(0)
-    tails = replace(arm.drafted.tails, limits=(), bounds=none, objective=(), told=asked.percentiles, pair_json=None)
-    drafted = arm.drafted._replace(candidates=None, tails=replace(tails, within=(), within_bounds=none, goodput=False))
+    nothing = {"limits": (), "bounds": jnp.zeros(0), "within": (), "within_bounds": jnp.zeros((0, len(asked.classes)))}
+    tails = replace(arm.drafted.tails, **nothing, objective=(), told=asked.percentiles, pair_json=None)
+    drafted = arm.drafted._replace(candidates=None, tails=tails)
     metrics, _ = evaluate_points(drafted, asked.shapes, load, point.points)
     names = [name for metric in asked.percentiles for name in (metric, of_all(metric))]
     return point._replace(metrics=point.metrics | {name: metrics[name] for name in names})

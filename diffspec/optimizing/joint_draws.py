@@ -24,8 +24,10 @@ from diffspec.optimizing.joint_problem import (
     evaluate_draws,
     excesses,
     over_all,
+    unmet,
 )
 from diffspec.optimizing.joint_search import Arm, Scored, rows
+from diffspec.optimizing.limits import EQUAL
 
 
 class Contender(NamedTuple):
@@ -37,8 +39,7 @@ class Contender(NamedTuple):
     @property
     def key(self) -> tuple[float, float, float]:
         """What is made small: the rank; of equal ones the mean e2e latency, then the replicas."""
-        rank, e2e = round(float(self.point.rank[0]), 10), round(float(self.point.e2e[0]), 10)
-        return rank, e2e, float(self.point.replicas[0])
+        return *self.point.key, float(self.point.replicas[0])
 
     @property
     def same(self) -> tuple:
@@ -105,6 +106,7 @@ def draw_shortlist(
             kept &= np.asarray(excess) <= 0
         cost = np.asarray(cost_of(goal, metrics, shapes)) - (np.log(replicas) if goal.made_large else 0.0)
         e2e = np.where(saturated, np.inf, over_all("e2e_mean", metrics, shapes.share))
+        kept &= ~unmet(goal, metrics, cost)
         for column, number in enumerate(numbers):
             parts[number] = (cost[:, column], kept[:, column], e2e[:, column])
     return Drawn(*(np.stack(column, axis=1) for column in zip(*(parts[n] for n in range(len(listed))), strict=True)))
@@ -119,7 +121,8 @@ def interval_of(
     [1] against each draw's best."""
     kept = np.where(drawn.feasible, drawn.cost, np.inf)[:, candidates]
     any_kept, keeps = np.isfinite(kept).any(axis=1), drawn.feasible[:, chosen]
-    level = kept <= kept.min(axis=1, keepdims=True) + 1e-10  # of equally good ones the smaller latency, as chosen
+    equal = EQUAL if goal.metrics == ("goodput",) else 1e-10  # of equally good ones the smaller latency, as chosen
+    level = kept <= kept.min(axis=1, keepdims=True) + equal
     least = np.where(level, drawn.e2e[:, candidates], np.inf).argmin(axis=1)
     best = np.where(any_kept, np.asarray(candidates)[least], -1)
     regret = np.expm1(drawn.cost[keeps, chosen] - kept[keeps].min(axis=1))

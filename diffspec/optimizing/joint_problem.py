@@ -29,7 +29,7 @@ from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
 from diffspec.latency_distribution import PERCENTILE_METRICS
 from diffspec.optimizing.catalogue import RequestClass
-from diffspec.optimizing.joint_tails import Tails, of_all, of_objective, tail_name
+from diffspec.optimizing.joint_tails import UNKNOWN, Tails, of_all, of_objective, tail_name
 from diffspec.optimizing.limits import OBJECTIVES, Limit
 from diffspec.optimizing.question import SPENT
 from diffspec.optimizing.servers import hours_per_million
@@ -236,6 +236,17 @@ def excesses(limits: Sequence[ClassLimit], metrics, share, replicas: Any = 1) ->
             continue
         value = over_all(limit.metric, metrics, share) if number is None else metrics[limit.metric][..., number]
         found.append(limit.excess(value * replicas if limit.metric in ADDED_UP else value))
+    return found
+
+
+def unmet(goal: Objective, metrics, cost):
+    """Whether a point has no objective: no request keeps the limits that goodput counts, or the mean batch is beyond
+    what percentiles are computed for."""
+    found = ~np.isfinite(np.asarray(cost))
+    if UNKNOWN in metrics:
+        found = found | (np.asarray(metrics[UNKNOWN])[..., 0] > 0)
+    if goal.metrics == ("goodput",):
+        found = found | (np.asarray(metrics["goodput"]).sum(-1) <= 1e-9 * np.asarray(metrics["throughput"]).sum(-1))
     return found
 
 

@@ -1,5 +1,6 @@
 """What a joint decision is asked: classes, objective, limits, and what it chooses from."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -78,17 +79,27 @@ class Question(NamedTuple):
             return None
         most = max(self.ranges.caps)
         states = states_for(min(most, MOST_STATES), most) if most <= MOST_STATES else states_for(None, batch)
+        names = tuple(dict.fromkeys(entry.limit.metric for entry in self.within))
         tailed = [entry for entry in self.limits if entry.limit.percentile is not None]
         return Tails(
             lengths=Lengths.stacked([one.output_scv for one in self.classes]),
             bounds=_bounds(tailed),
-            within_bounds=_bounds(self.within),
+            within_bounds=jnp.asarray([self._within(metric) for metric in names], dtype=float).reshape(
+                len(names), len(self.classes)
+            ),
             limits=tuple((entry.number, entry.limit.metric.split("_p")[0]) for entry in tailed),
-            within=tuple((entry.number, entry.limit.metric) for entry in self.within),
+            within=names,
             objective=tuple(name for name in self.goal.metrics if name in PERCENTILE_METRICS),
-            goodput=bool(self.within),
             states=states,
         )
+
+    def _within(self, metric: str) -> list[float]:
+        """The strictest bound [s] of this limit on single requests for each class, infinite where it has none."""
+        bounds = [(entry.number, entry.limit.bound) for entry in self.within if entry.limit.metric == metric]
+        return [
+            min([bound for number, bound in bounds if number in (None, place)], default=math.inf)
+            for place in range(len(self.classes))
+        ]
 
 
 def read_joint_question(
@@ -142,13 +153,13 @@ def read_joint_question(
         )
     if "goodput" in asked.looked_at and not within:
         raise InputError("goodput: got no limit that a request must keep; allowed: at least one, such as 'ttft<0.5'")
-    short = [one.name for one in classes if one.output_length <= 1]
-    timed = [name for name in asked.looked_at | {entry.limit.metric for entry in within} if name[:3] in ("tpo", "itl")]
-    if short and timed:
-        raise InputError(
-            f"class {short[0]!r}: got output_length 1, whose requests have no time per token after the first; allowed: "
-            f"more than 1 tok with {timed[0]}"
-        )
+    short = [one.output_length <= 1 for one in classes]
+    for number, name in [*((None, name) for name in goal.metrics), *((e.number, e.limit.metric) for e in every)]:
+        if name.startswith(("tpot", "itl")) and (all(short) if number is None else short[number]):
+            raise InputError(
+                f"{name}: got output_length 1 of class {classes[number or 0].name!r}, whose requests have no time per "
+                "token after the first; allowed: more than 1 tok"
+            )
     return asked
 
 

@@ -24,6 +24,7 @@ from diffspec.optimizing.joint_problem import (
     over_all,
     parse_objective,
     predicted,
+    unmet,
 )
 from diffspec.optimizing.limits import EQUAL, beyond
 from diffspec.serving import ServingModel
@@ -32,6 +33,8 @@ from diffspec.tree_shapes import TreeShapes
 
 STARTS = (0.1, 0.45, 0.9)
 """Where the relaxed solver starts, as shares of every range."""
+HOPELESS = 50.0
+"""Log excess of a point without an objective: it breaks limits more than any other, and less than a saturated one."""
 MOST_CORNERS = 2000
 """Whole points around a relaxed one; where there are more, the nearest alone is taken."""
 
@@ -241,6 +244,12 @@ class Scored(NamedTuple):
         return np.where(self.saturated, 1e6 * beyond, np.where(self.worst > 0, 1e6 * (1.0 + self.worst), self.level))
 
     @property
+    def key(self) -> tuple[float, float]:
+        """What the best point has least of: the rank; of equal ones the mean e2e latency."""
+        best = self.order[0]
+        return round(float(self.rank[best]), 10), round(float(self.e2e[best]), 10)
+
+    @property
     def order(self) -> np.ndarray:
         """Rows from the best on; of equally good ones the smallest mean e2e latency, then the largest cap (one that
         never fills changes no mean)."""
@@ -256,6 +265,7 @@ def score(arm: Arm, shapes: Shapes, goal, limits, load, points, replicas: int = 
     cost = np.asarray(cost_of(goal, metrics, shapes))
     if goal.made_large:
         cost = cost - math.log(replicas)
+    worst = np.where(unmet(goal, metrics, cost), np.maximum(worst, HOPELESS), worst)
     flat = goal.metrics == ("goodput",)  # the load itself at many points: of those that agree the least latency
     level = np.round(cost / EQUAL) * EQUAL if flat else cost
     e2e = np.log(over_all("e2e_mean", metrics, shapes.share))
@@ -278,12 +288,12 @@ def rounded(arm, shapes, goal, limits, load, ranges: Ranges, real: Relaxed, repl
         points = list(itertools.product(*around, near_caps, (0.0,)))
     found = score(arm, shapes, goal, limits, load, np.asarray(points, dtype=float), replicas)
     while True:
-        best = found.points[int(np.argmin(found.rank))]
+        best = found.points[found.order[0]]
         around = _neighbours(arm, ranges, best, count)
         if not around:
             return found
         further = score(arm, shapes, goal, limits, load, np.asarray(around, dtype=float), replicas)
-        better = further.rank.min() < found.rank.min() - 1e-12
+        better = further.key < found.key
         found = joined(found, further)
         if not better:
             return found

@@ -36,6 +36,10 @@ def tail_name(place: int) -> str:
     return f"tail {place}"
 
 
+UNKNOWN = "whether unknown"
+"""Where metrics keep whether a mean batch is beyond what percentiles are computed for."""
+
+
 def of_all(metric: str) -> str:
     """Where metrics keep a percentile of all requests, beside that of each class."""
     return f"{metric} of all"
@@ -48,27 +52,26 @@ def of_objective(metric: str) -> str:
 
 class Tails(eqx.Module):
     """What is looked at: ``limits`` on percentiles as (class or None for all, metric), and their ``bounds`` [s];
-    ``within``: limits on single requests likewise, with bounds ``within_bounds`` [s], where ``goodput`` is asked for;
-    ``objective``: percentiles that are made small; ``told``: those to tell of each class and of all; ``pair_json``:
-    architecture and hardware for energy, at the mean lengths of the classes. ``lengths``: laws with an axis of classes;
-    ``states`` [req]: size of the chain.
+    ``within``: the metrics of limits on single requests, which goodput counts, with bounds ``within_bounds`` [s] for
+    each class, infinite where it has none; ``objective``: percentiles that are made small; ``told``: those to tell of
+    each class and of all; ``pair_json``: architecture and hardware for energy, at the mean lengths of the classes.
+    ``lengths``: laws with an axis of classes; ``states`` [req]: size of the chain.
     """
 
     lengths: Lengths
     bounds: Float[Array, "limits"]
-    within_bounds: Float[Array, "within"]
+    within_bounds: Float[Array, "within classes"]
     limits: tuple[tuple[int | None, str], ...] = eqx.field(static=True, default=())
-    within: tuple[tuple[int | None, str], ...] = eqx.field(static=True, default=())
+    within: tuple[str, ...] = eqx.field(static=True, default=())
     objective: tuple[str, ...] = eqx.field(static=True, default=())
     told: tuple[str, ...] = eqx.field(static=True, default=())
-    goodput: bool = eqx.field(static=True, default=False)
     states: int = eqx.field(static=True, default=256)
     pair_json: str | None = eqx.field(static=True, default=None)
 
     @property
     def spread(self) -> bool:
         """Whether more of latencies is asked for than their means."""
-        return bool(self.limits or self.objective or self.told or self.goodput)
+        return bool(self.limits or self.objective or self.told or self.within)
 
     def metrics(
         self,
@@ -89,34 +92,37 @@ class Tails(eqx.Module):
             return values
         laws = class_laws(serving, workloads, configs, self.lengths, states=self.states)
         laws = laws.at_means({"ttft": found.ttft, "e2e": found.e2e_latency})
-        unknown = batch > KNOWN_UP_TO * self.states
-        classes = len(workloads)
+        classes, places = len(workloads), configs[0].max_batch_size
+        cut = jnp.asarray(True) if places is None else jnp.asarray(places, dtype=float) > self.states
+        unknown = (batch > KNOWN_UP_TO * self.states) & cut  # a chain as long as the cap is exact
+        values[UNKNOWN] = jnp.full(classes, jnp.where(unknown, 1.0, 0.0))
+        means = {"ttft": found.ttft, "tpot": found.tpot, "itl": found.itl, "e2e": found.e2e_latency}
 
-        def attained(number: int | None, metric: str, bound):
-            share = laws.probability(metric, jnp.full(classes, bound))
-            if number is None:
-                weights = laws.weight[metric]
-                return weights @ share / jnp.sum(weights)
-            return share[number]
+        def over(number: int | None, metric: str, shares):
+            weights = laws.weight[metric] if number is None else jnp.where(jnp.arange(classes) == number, 1.0, 0.0)
+            return weights @ shares / jnp.sum(weights)
 
         for place, (number, metric) in enumerate(self.limits):
-            tail = 1.0 - attained(number, metric, self.bounds[place])
-            values[tail_name(place)] = jnp.full(classes, jnp.where(unknown, 1.0, tail))
-        if self.goodput:
+            bound = self.bounds[place]
+            tail = 1.0 - over(number, metric, laws.probability(metric, jnp.full(classes, bound)))
+            far = jnp.maximum(over(number, metric, means[metric]) / bound, 1.0)  # where hardly anything is within
+            values[tail_name(place)] = jnp.full(classes, jnp.where(tail > 0.999, tail * far, tail))
+        if self.within:
             share = jnp.ones(classes)
-            for place, (number, metric) in enumerate(self.within):
-                kept = laws.probability(metric, jnp.full(classes, self.within_bounds[place]))
-                share = share * jnp.where(jnp.asarray([number in (None, c) for c in range(classes)]), kept, 1.0)
-            values["goodput"] = found.throughput * jnp.where(unknown, 1e-12, jnp.maximum(share, 1e-12))
+            for place, metric in enumerate(self.within):
+                bounds = self.within_bounds[place]
+                none = jnp.isinf(bounds)
+                share = share * jnp.where(none, 1.0, laws.probability(metric, jnp.where(none, 1.0, bounds)))
+            values["goodput"] = found.throughput * jnp.maximum(share, 1e-12)  # for its logarithm
 
         def percentile(name: str, find):
             metric, percent = name.split("_p")
             value = find(metric, jnp.asarray([float(percent)]))[..., 0]
-            return jnp.where(unknown, jnp.inf, jnp.broadcast_to(value, classes))
+            return jnp.broadcast_to(value, classes)
 
         for name in self.told:
-            values[name] = percentile(name, laws.percentiles)
-            values[of_all(name)] = percentile(name, laws.percentiles_of_all)
+            for key, find in ((name, laws.percentiles), (of_all(name), laws.percentiles_of_all)):
+                values[key] = jnp.where(unknown, jnp.inf, percentile(name, find))
         for name in self.objective:
             values[of_objective(name)] = percentile(
                 name, lambda metric, percents: laws.percentiles_of_all(metric, percents, weight)

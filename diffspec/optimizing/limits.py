@@ -80,6 +80,8 @@ def parse_limit(text: str, allowed: Sequence[str] = LIMITED) -> Limit:
         bound = math.nan
     if not (math.isfinite(bound) and bound > 0):
         raise InputError(f"limit {text!r}: got bound {number!r}; allowed: a number above 0")
+    if metric in PERCENTILE_METRICS and comparison.startswith(">"):
+        raise InputError(f"limit {text!r}: a percentile is limited from above: {metric}<NUMBER")
     if metric in MAXIMISED and comparison.startswith("<"):
         raise InputError(f"limit {text!r}: a throughput is limited from below: {metric}>NUMBER")
     return Limit(metric, 1 if comparison.startswith("<") else -1, bound)
