@@ -38,7 +38,7 @@ def measure(systems: int, program: str, way: str) -> dict:
 
     one = value if program == "value" else jax.value_and_grad(value)
     many = jax.vmap(one) if way == "whole" else partial(jax.lax.map, one, batch_size=CHUNK)
-    data = jax.device_put(random_systems(systems))
+    data = jax.block_until_ready(jax.device_put(random_systems(systems)))
     compiled = jax.jit(many).lower(data).compile()
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
