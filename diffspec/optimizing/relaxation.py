@@ -50,7 +50,8 @@ def relaxed_draft_lengths(
     loads = jax.tree.leaves(workloads)[0].shape[0]
     starts = np.tile(np.asarray(STARTS), (loads, 1)) if starts is None else starts
     count = starts.shape[1]
-    padded, starts = (padded_rows(rows, few_sizes(loads)) for rows in (workloads, starts))
+    starts = np.asarray(padded_rows(starts, few_sizes(loads)))
+    padded = padded_rows(workloads, few_sizes(loads))
     lanes = jax.tree.map(lambda leaf: np.repeat(leaf, count, axis=0), padded)
     shared = (serving, config, np.asarray([limit.bound for limit in limits]), float(longest), data)
     function = _relaxed(objective, tuple(limit.of_one for limit in limits), values)
