@@ -5,6 +5,29 @@ residence time and keeps the curvature of W otherwise (perspective transform), a
 fixed small number of safeguarded Newton steps suffice where plain iteration needs thousands. With elasticity of W at
 most 1, B/W is nondecreasing, G is monotone, the root is unique and the sign at the cap decides saturation exactly.
 
+How far the answer can be off. Let d be the residual |G| that is told and e the largest elasticity B*W'/W (as a
+function of B, what a request sees included) between the answer and the root B*. Since log(1 - G) has slope 1 - e in
+log x, the answer has
+
+    |log(B/B*)| <= -log(1 - d)/(1 - e)
+
+and a residual above 1000 roundings is told as `unconverged`. Where W is convex, e <= utilization: the chord from (B, W)
+to the cap, or the slope at infinity, is at least as steep as W. And there the residual after N steps is at most
+
+    d_N <= d_0 * (1 - q^(-1/N))^N,    q = [W - B*W']_first / [W - B*W']_root,    d_0 = W(first)/W(0) - 1
+
+Proof: W convex makes x*W(1/x) convex and G concave, so each tangent lies above G and Newton falls from the right onto
+the root, monotonically and inside the bracket. With h = -G and s = -G' at two iterates in turn, concavity reads
+h_next/h + s_next/s <= 1; s only falls, so the N ratios of s have a product of at least 1/q, and that of N factors
+1 - s_next/s is largest where all are alike, as log(1 - exp(-t)) is concave in t. An affine W has q = 1, and one step is
+exact. A root at which a request sees the cap is the bracket's end, where the search then starts. For other forms
+(concave or mixed) it is proven only that the root stays in the bracket, and measured that 12 steps leave at most 1e-15
+over 1e5 random hard systems (tests/test_precision.py; 10 steps would leave 2e-13, 8 steps 2e-4).
+
+In float32 (without jax_enable_x64) the same systems with B up to 1e11 are off by at most 5*2^-23/(1 - e) = 6e-7/(1 - e)
+in B and W; up to 0.9 of capacity by at most 1e-5, in 99 of 100 by 3e-6. Whole predictions at up to 0.95 of capacity, of
+5,000 random capped servers: by at most 4e-6, ttft with its wait for a place by 1e-5; 99 of 100 by 1e-6 and 3e-6.
+
 Derivatives come from the implicit function theorem, dB/dp = (arrival_rate*W)_p / (1 - arrival_rate*W_B), through
 `jax.lax.custom_root`: forward and reverse, to second order, never through the iterations.
 """
@@ -22,7 +45,7 @@ SATURATION_MARGIN = 1e-3
 """A saturated system is reported at (1 - margin) * capacity: finite, differentiable, a lower bound of its latency."""
 
 ITERATIONS = 12
-"""Safeguarded Newton steps; 8,000 hard systems end at rounding error (tests/test_steady_state.py)."""
+"""Safeguarded Newton steps; what they leave is bounded and measured in the text of this module."""
 
 _UNCAPPED = 1e18
 _SCAN_POINTS = 256

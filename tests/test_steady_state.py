@@ -125,22 +125,22 @@ def test_affine_derivatives_are_the_closed_form():
 N = 8000
 
 
-def random_systems(seed):
+def random_systems(seed, count=N):
     rng = np.random.default_rng(seed)
 
     def log_uniform(low, high):
-        return 10 ** rng.uniform(low, high, N)
+        return 10 ** rng.uniform(low, high, count)
 
     return {
         "weight": log_uniform(-4, 0),
         "token": log_uniform(-6, -2),
-        "inefficiency": np.where(rng.random(N) < 0.5, 0.0, log_uniform(-3, 0)),
-        "sharpness": rng.uniform(1, 12, N),
+        "inefficiency": np.where(rng.random(count) < 0.5, 0.0, log_uniform(-3, 0)),
+        "sharpness": rng.uniform(1, 12, count),
         "overhead": log_uniform(-6, -2),
         "slope": log_uniform(-7, -3),
-        "prefill": np.where(rng.random(N) < 0.3, 0.0, log_uniform(-4, 0)),
-        "cap": np.where(rng.random(N) < 0.5, 1e18, log_uniform(0, 3)),
-        "utilization": rng.choice(HARD_LOADS, N),
+        "prefill": np.where(rng.random(count) < 0.3, 0.0, log_uniform(-4, 0)),
+        "cap": np.where(rng.random(count) < 0.5, 1e18, log_uniform(0, 3)),
+        "utilization": rng.choice(HARD_LOADS, count),
     }
 
 

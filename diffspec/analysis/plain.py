@@ -31,6 +31,28 @@ def as_floats(module):
     return jax.tree.map(partial(np.asarray, dtype=float), module)
 
 
+def few_sizes(count: int) -> int:
+    """The next power of two, at least 2: rows padded to so many share few compiled programs.
+
+    >>> [few_sizes(count) for count in (1, 2, 3, 8, 9)]
+    [2, 2, 4, 8, 16]
+    """
+    return 2 ** max(1, math.ceil(math.log2(count)))
+
+
+def padded_rows(tree, size: int):
+    """Arrays with the last row of the first axis repeated up to ``size`` rows.
+
+    >>> padded_rows(np.array([1.0, 2.0]), 4).tolist()
+    [1.0, 2.0, 2.0, 2.0]
+    """
+
+    def one(leaf):
+        return np.asarray(leaf)[np.minimum(np.arange(size), len(leaf) - 1)]
+
+    return jax.tree.map(one, tree)
+
+
 def enough_states(serving: ServingModel, workload: Workload, config: Configuration) -> ServingModel:
     """The model with no more states for waiting than the cap of this configuration needs: the same predictions, in a
     fraction of the time. ``workload`` may have a leading axis, over which the cap is the same."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.analysis.answers import metric_values
-from diffspec.analysis.plain import FAST_COMPILE
+from diffspec.analysis.plain import FAST_COMPILE, few_sizes, padded_rows
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.first_principles import FirstPrinciples
 from diffspec.lengths import Lengths
@@ -118,13 +118,15 @@ class EveryLength(NamedTuple):
         return looked_at(question.of_one, states, key), (question.bounds, law, price)
 
     def _evaluate(self, serving: ServingModel, function: Callable, data: tuple) -> tuple[Values, np.ndarray]:
-        asked = (serving, self.workloads, self.config, data)
-        found, saturated = _evaluate(function, self.longest, *asked)
-        return {name: np.asarray(value) for name, value in found.items()}, np.asarray(saturated)
+        count = len(self._rates())
+        workloads = padded_rows(self.workloads, few_sizes(count))
+        found = _evaluate(function, self.longest, serving, workloads, self.config, data, count)
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], found)
 
 
 @partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST_COMPILE)
-def _evaluate(function: Callable, longest: int, serving: ServingModel, workloads: Workload, config, data):
+def _evaluate(function: Callable, longest: int, serving: ServingModel, workloads: Workload, config, data, count):
+    """Of the first ``count`` loads; traced, so that few programs serve any number of them."""
     lengths = jnp.arange(longest + 1, dtype=float)
 
     def at_load(workload: Workload):
@@ -139,7 +141,13 @@ def _evaluate(function: Callable, longest: int, serving: ServingModel, workloads
 
     if function is _means:
         return jax.vmap(at_load)(workloads)
-    return jax.lax.map(at_load, workloads)  # percentiles take memory: load by load
+
+    def store(number, whole):  # percentiles take memory and time: load by load, none that is not there
+        found = at_load(jax.tree.map(lambda leaf: leaf[number], workloads))
+        return jax.tree.map(lambda leaf, one: leaf.at[number].set(one), whole, found)
+
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(jax.vmap(at_load), workloads))
+    return jax.lax.fori_loop(0, count, store, empty)
 
 
 def _means(serving: ServingModel, workload: Workload, config: Configuration, found: Prediction, data):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffspec.analysis.plain import few_sizes
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.optimizing.constrained import Solution, minimise_within
 from diffspec.optimizing.joint_problem import (
@@ -142,7 +143,7 @@ def relaxed(arm: Arm, shapes, goal, limits, loads, ranges: Ranges, sizes=None, r
     count, starts = len(shapes.share), np.asarray(STARTS)
     variables = variables_of(arm, ranges, count, sizes)
     low, high = variables.ranges(arm, ranges, sizes)
-    missing = 2 ** max(1, math.ceil(math.log2(len(loads)))) - len(loads)  # few programs
+    missing = few_sizes(len(loads)) - len(loads)
     replicas = [*(replicas or [1] * len(loads)), *[1] * missing]
     loads = [*loads, *[loads[-1]] * missing]
     lanes = len(loads) * len(starts)

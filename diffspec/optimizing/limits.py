@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -55,7 +56,15 @@ class Limit(NamedTuple):
 
     def excess(self, value):
         """log(value/bound) for an upper limit, its negative for a lower one: > 0 where the limit is broken."""
-        return self.sign * (jnp.log(value) - math.log(self.bound))
+        return self.sign * (_log(value) - math.log(self.bound))
+
+
+def _log(value):
+    """Of numpy's arrays without a program for each of their shapes."""
+    if isinstance(value, jax.Array):
+        return jnp.log(value)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log(value)
 
 
 def parse_limit(text: str, allowed: Sequence[str] = LIMITED) -> Limit:
@@ -138,7 +147,7 @@ def cost(prediction, objective: str):
 
 def log_cost(value, objective: str):
     """log of the objective's value; minus that of what is made large."""
-    return (-1.0 if objective in MAXIMISED else 1.0) * jnp.log(value)
+    return (-1.0 if objective in MAXIMISED else 1.0) * _log(value)
 
 
 def least(cost, e2e, objective: str):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from diffspec.analysis.plain import few_sizes, padded_rows
 from diffspec.configuration import Configuration
 from diffspec.optimizing.constrained import ROUNDS, minimise_within
 from diffspec.optimizing.limits import Limit, beyond, log_cost
@@ -49,7 +50,9 @@ def relaxed_draft_lengths(
     loads = jax.tree.leaves(workloads)[0].shape[0]
     starts = np.tile(np.asarray(STARTS), (loads, 1)) if starts is None else starts
     count = starts.shape[1]
-    lanes = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), count, axis=0), workloads)
+    starts = np.asarray(padded_rows(starts, few_sizes(loads)))
+    padded = padded_rows(workloads, few_sizes(loads))
+    lanes = jax.tree.map(lambda leaf: np.repeat(leaf, count, axis=0), padded)
     shared = (serving, config, np.asarray([limit.bound for limit in limits]), float(longest), data)
     function = _relaxed(objective, tuple(limit.of_one for limit in limits), values)
     found = minimise_within(function, starts.reshape(-1, 1), lanes, shared, rounds=rounds)

@@ -6,8 +6,9 @@ transcendental functions and does nothing else.
 The limit is measured, not looked up: one program that reads one number a system, applies exp and log in turn (of values
 that stay near 1) as often as the equilibrium's own program does, and writes one number. Functions are counted in the
 traced program, loops as often as they run (XLA's cost analysis counts the body of a loop once); a power counts as one
-exp and one log. All are compiled alike and run in turns, in float64 and in float32, the equilibrium whole and in chunks
-that stay in a cache (`jax.lax.map(..., batch_size=2048)`). Writes limit.json beside itself.
+exp and one log. All are compiled alike and run in turns, in float64 and in float32 (in jax without 64-bit types: with
+them, plain numbers in the model make everything float64), the equilibrium whole and in chunks that stay in a cache
+(`jax.lax.map(..., batch_size=2048)`). Writes limit.json beside itself.
 """
 
 import argparse
@@ -57,6 +58,26 @@ def transcendentals(count: int):
     return program
 
 
+def measured(numbers: np.ndarray, repeats: int) -> list[dict]:
+    """Each program on systems of one type, in turns with the limit."""
+    systems, found = jnp.asarray(numbers), []
+    for name, program in PROGRAMS.items():
+        compiled = jax.jit(program).lower(systems).compile()
+        chunks = jax.jit(partial(jax.lax.map, ONE[name], batch_size=CHUNK)).lower(systems).compile()
+        functions = counted(jax.make_jaxpr(program)(systems).jaxpr)
+        limit = jax.jit(transcendentals(2 * round(functions / 2))).lower(systems[:, 0]).compile()
+        turns = []
+        for _ in range(repeats + 1):
+            turns.append((timed(compiled, systems), timed(chunks, systems), timed(limit, 1.0 + systems[:, 7])))
+        whole, seconds, least = (statistics.median(column) for column in zip(*turns[1:], strict=True))
+        entry = {"program": name, "dtype": numbers.dtype.name, "transcendentals": functions, "seconds": seconds}
+        entry |= {"solves_per_s": len(systems) / seconds, "limit_s": least, "times_the_limit": seconds / least}
+        entry |= {"whole_seconds": whole, "whole_times_the_limit": whole / least}
+        found.append(entry)
+        print(json.dumps(entry), flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--systems", type=int, default=1_000_000)
@@ -68,25 +89,12 @@ def main() -> None:
         "systems": asked.systems,
         "programs": [],
     }
-    for kind in (jnp.float64, jnp.float32):
-        systems = jnp.asarray(random_systems(asked.systems), dtype=kind)
-        for name, program in PROGRAMS.items():
-            compiled = jax.jit(program).lower(systems).compile()
-            chunks = jax.jit(partial(jax.lax.map, ONE[name], batch_size=CHUNK)).lower(systems).compile()
-            functions = counted(jax.make_jaxpr(program)(systems).jaxpr)
-            count = 2 * round(functions / 2)
-            limit = jax.jit(transcendentals(count)).lower(systems[:, 0]).compile()
-            turns = []
-            for _ in range(asked.repeats + 1):
-                turns.append((timed(compiled, systems), timed(chunks, systems), timed(limit, 1.0 + systems[:, 7])))
-            whole, seconds, least = (statistics.median(column) for column in zip(*turns[1:], strict=True))
-            entry = {"program": name, "dtype": np.dtype(kind).name, "transcendentals": functions, "seconds": seconds}
-            entry |= {"solves_per_s": asked.systems / seconds, "limit_s": least, "times_the_limit": seconds / least}
-            entry |= {"whole_seconds": whole, "whole_times_the_limit": whole / least}
-            answer["programs"].append(entry)
-            print(json.dumps(entry), flush=True)
+    for kind in (np.float64, np.float32):
+        with jax.enable_x64(kind is np.float64):
+            answer["programs"] += measured(random_systems(asked.systems).astype(kind), asked.repeats)
     exact = jax.jit(PROGRAMS["value"])(jnp.asarray(random_systems(asked.systems)))
-    single = jax.jit(PROGRAMS["value"])(jnp.asarray(random_systems(asked.systems), dtype=jnp.float32))
+    with jax.enable_x64(False):
+        single = jax.jit(PROGRAMS["value"])(random_systems(asked.systems).astype(np.float32))
     off = np.abs(np.expm1(np.asarray(single, dtype=float) - np.asarray(exact)))
     answer["float32_error"] = {"median": float(np.median(off)), "largest": float(off.max())}
     (HERE / "limit.json").write_text(json.dumps(answer, indent=1) + "\n")
