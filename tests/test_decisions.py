@@ -103,6 +103,7 @@ def test_requests_wait_for_a_place_in_the_batch(deployment):
     assert policy["policy"][0]["metrics"]["e2e_mean"] <= answer["e2e_latency"] * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_without_plain_rows_no_speedup_and_no_zero(deployment):
     blind = fit(read_trace(QUIET).where("draft_length > 0"), step_time="affine").deployment()
     answer = optimize(blind, loads=[1.0, 4.0], **LENGTHS, max_draft_length=4, acceptance=ConstantAcceptance(0.1))
@@ -285,6 +286,7 @@ def test_relaxation_finds_the_continuous_optimum(deployment, metrics_of):
         assert at_relaxed <= min(values) * (1 + 1e-4)
 
 
+@pytest.mark.slow
 def test_risk_chooses_by_a_quantile_over_draws(deployment):
     """Every draft length in every draw, one by one: the 58th best of 64 draws is the cost at a risk of 0.9."""
     asked = {"max_draft_length": 3, "acceptance": ConstantAcceptance(0.55), "slo": ["ttft_mean<0.4"]}

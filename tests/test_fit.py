@@ -195,6 +195,7 @@ def _leaves(block):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(block)]
 
 
+@pytest.mark.slow
 def test_objective_gradient_against_finite_differences(quiet):
     import jax
 

@@ -163,6 +163,7 @@ def test_what_cannot_be_kept_is_told_with_numbers(decide):
     json.dumps([never, flood], allow_nan=False)
 
 
+@pytest.mark.slow
 def test_capacity_is_made_large(decide, brute):
     """The largest capacity of all whole points, where a load of half of it is served."""
     roomy = decide(9.0, [4.0], objective="capacity")["table"][0]

@@ -110,6 +110,7 @@ def test_a_limit_on_a_percentile_of_a_class_is_kept_by_the_best_of_all(limited, 
     )
 
 
+@pytest.mark.slow
 def test_the_shadow_price_of_a_percentile_is_the_derivative_of_the_optimum(deployment, limited):
     bound, answer = limited
     (entry,) = answer["table"]

@@ -137,6 +137,7 @@ def brute(deployment):
     return at
 
 
+@pytest.mark.slow
 def test_replicas_share_the_load_and_cost_money(decide):
     """The cheapest that keeps the limit has the fewest replicas that do, and its price is that of a million tokens."""
     alone = {count: decide([60.0 / count])["table"][0] for count in (2, 3)}
@@ -158,6 +159,7 @@ def test_replicas_share_the_load_and_cost_money(decide):
     json.dumps(answer, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_a_risk_is_a_quantile_over_draws(decide, deployment, drawn):
     """Against every draft length predicted in every draw."""
     load, lengths = 12.0, np.arange(LONGEST + 1.0)

@@ -319,6 +319,7 @@ def test_unknown_names_are_refused(options, tmp_path):
         fit(table(tmp_path, (0, 2)), **options)
 
 
+@pytest.mark.slow
 def test_the_quick_covariance_is_there_too(tmp_path):
     known = fit(table(tmp_path, (0, 2, 6)), step_time="roofline", uncertainty="laplace").deployment().uncertainty
     assert known.draws is None and known.deviations(16).shape == (16, len(known.paths))
