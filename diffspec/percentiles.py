@@ -33,6 +33,17 @@ def states_for(cap: float | None, batch: float) -> int:
     return next((size for size in STATES if size >= need), STATES[-1])
 
 
+def known_up_to(states: int, cap: Scalar | None) -> Scalar:
+    """Mean batch [req] up to which a chain of so many states has percentiles: any where it is as long as the ``cap``
+    on the batch [req], else 0.9 of the chain, of which a part is cut off.
+
+    >>> [float(known_up_to(64, cap)) for cap in (None, 64.0, 1e6)]
+    [57.6, inf, 57.6]
+    """
+    most = 0.9 * states
+    return most if cap is None else jnp.where(jnp.asarray(cap, dtype=float) <= states, jnp.inf, most)
+
+
 def predict_distribution(
     model: ServingModel,
     workload: Workload,
@@ -107,9 +118,7 @@ def class_laws(
     ]
     request = request_mix(model.step_time, own, configs, model.steps_form)
     share: Any = request.share
-    cap = _places(
-        batch_cap(mean_workload(own, share * request.steps / jnp.sum(share * request.steps)), configs[0]), states
-    )
+    cap = _places(batch_cap(mean_workload(own, request.mix), configs[0]), states)
     rate = sum(jnp.asarray(workload.arrival_rate, dtype=float) for workload in workloads)
     found = [_pmf(config) for config in configs]
     longest = max(0 if one is None else len(one) for one in found)

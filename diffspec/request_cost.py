@@ -13,6 +13,7 @@ judged by the simulator in tests/test_waiting.py and experiments/04.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -52,6 +53,12 @@ class RequestCost(eqx.Module):
     def mean(self, values):
         """Mean over all requests of a number of each class."""
         return values if self.share is None else self.share @ values
+
+    @property
+    def mix(self):
+        """[classes] by Little's law, counted in steps: of the sequences in a step, the share of each class."""
+        share: Any = self.share
+        return share * self.steps / self.mean(self.steps)
 
     @property
     def met_prompt(self):

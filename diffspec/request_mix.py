@@ -18,7 +18,6 @@ tests/test_request_mix.py.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,8 +109,7 @@ def mean_step(
     sequences = batch/(1 - exp(-batch)), and the drafter goes beyond x where anybody drafts that far:
     P = (1 - exp(-batch*share of those that do))/(1 - exp(-batch)).
     """
-    share: Any = request.share
-    mix = share * request.steps / request.mean(request.steps)
+    mix = request.mix
     ordered, beyond = _drafts(configs)
     batch = jnp.maximum(batch, 1e-9)
     busy = -jnp.expm1(-batch)

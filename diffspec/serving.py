@@ -131,7 +131,7 @@ class ServingModel(eqx.Module):
         request = request_mix(self.step_time, workloads, configs, self.steps_form)
         share: Any = request.share
         rates = jnp.asarray([workload.arrival_rate for workload in workloads], dtype=float)
-        together = mean_workload(workloads, share * request.steps / jnp.sum(share * request.steps))
+        together = mean_workload(workloads, request.mix)
         places = batch_cap(together, configs[0])
         cap = self._largest_batch(request, places)
         state = solve_open_loop(

@@ -104,6 +104,17 @@ def test_requests_wait_for_a_place_in_the_batch(deployment):
 
 
 @pytest.mark.slow
+def test_a_full_batch_has_percentiles_where_the_chain_is_as_long_as_the_cap(deployment):
+    config = deployment.configuration(4, acceptance=ConstantAcceptance(0.9), max_batch_size=64)
+    load = Workload(**LENGTHS, arrival_rate=1.0)
+    capacity = predict_answer(deployment, load, config, with_intervals=False)["capacity"]
+    load = Workload(**LENGTHS, arrival_rate=0.995 * capacity)
+    answer = predict_answer(deployment, load, config, with_intervals=False)
+    assert answer["effective_batch_size"] > 0.9 * 64
+    assert answer["percentiles"]["e2e"]["p99"] > answer["percentiles"]["e2e"]["p50"] > 0
+
+
+@pytest.mark.slow
 def test_without_plain_rows_no_speedup_and_no_zero(deployment):
     blind = fit(read_trace(QUIET).where("draft_length > 0"), step_time="affine").deployment()
     answer = optimize(blind, loads=[1.0, 4.0], **LENGTHS, max_draft_length=4, acceptance=ConstantAcceptance(0.1))

@@ -12,7 +12,7 @@ from diffspec.analysis.plain import FAST_COMPILE, enough_states, finite
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.lengths import Lengths
-from diffspec.percentiles import PERCENTILES, predict_distribution, states_for
+from diffspec.percentiles import PERCENTILES, known_up_to, predict_distribution, states_for
 from diffspec.prediction import STAGES, Comparison, Prediction
 from diffspec.results import outcome_name
 from diffspec.serving import MOST_STATES, ServingModel
@@ -205,7 +205,8 @@ def _states(workload: Workload, config: Configuration, prediction: Prediction) -
     """Size of the chain that percentiles need; None where there are none."""
     cap, batch = batch_cap(workload, config), float(prediction.effective_batch_size)
     states = states_for(None if cap is None else float(cap), batch)
-    return None if not workload.is_open or workload.n_requests is not None or batch > 0.9 * states else states
+    ends = not workload.is_open or workload.n_requests is not None
+    return None if ends or batch > known_up_to(states, cap) else states
 
 
 def _percentiles(serving, workload, config, states: int, ttft, e2e_latency) -> dict[str, np.ndarray]:

@@ -187,17 +187,26 @@ class Working(NamedTuple):
 def working(
     pair: FirstPrinciples, step_time: AbstractStepTime, workload: Workload, config: Configuration, n
 ) -> Working:
-    """:func:`diffspec.resources.energy_per_token` of one server with ``n`` [req] in service; traced or not."""
-    step = scaled(step_time, drafter=config.drafter_scale)
+    """:func:`working_at` the step of one server with ``n`` [req] in service."""
     passes = drafted = config.draft_length * config.draft_probability
     tokens = jnp.ones_like(jnp.asarray(n, dtype=float))
     if config.acceptance is not None:
         tokens = config.acceptance.moments(config.draft_length, config.draft_probability)[0]
         drafted = config.acceptance.drafted_tokens(config.draft_length) * config.draft_probability
     state = BatchState.decoding(n, drafted, pair.context, passes)
-    read = jnp.asarray(workload.prompt_length * (1.0 - workload.prefix_hit_rate))
-    prefill = step(BatchState(prefill_tokens=read, draft_passes=passes)).prefill
-    told = {"drafter_scale": config.drafter_scale, "prefill_tokens": read}
+    return working_at(
+        pair, step_time, state, tokens, workload.prompt_length * (1.0 - workload.prefix_hit_rate), config.drafter_scale
+    )
+
+
+def working_at(
+    pair: FirstPrinciples, step_time: AbstractStepTime, state: BatchState, tokens, prompt_tokens, drafter_scale
+) -> Working:
+    """:func:`diffspec.resources.energy_per_token` of a decode step of this ``state`` in which a sequence gains
+    ``tokens`` [tok], and of a prompt of which ``prompt_tokens`` [tok] are read; traced or not."""
+    step, read = scaled(step_time, drafter=drafter_scale), jnp.asarray(prompt_tokens, dtype=float)
+    prefill = step(BatchState(prefill_tokens=read, draft_passes=state.draft_passes)).prefill
+    told = {"drafter_scale": drafter_scale, "prefill_tokens": read}
     return Working(*energy_per_token(pair, step, state, tokens, prefill, **told), tokens, step(state).total, prefill)
 
 

@@ -25,7 +25,7 @@ from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import batch_cap
 from diffspec.latency_distribution import PERCENTILE_METRICS
 from diffspec.lengths import Lengths
-from diffspec.percentiles import predict_distribution, states_for
+from diffspec.percentiles import known_up_to, predict_distribution, states_for
 from diffspec.prediction import Prediction
 from diffspec.results import InputError
 
@@ -86,8 +86,9 @@ def metric_of(name: str, point: Point, prediction: Callable[[], Prediction]) -> 
             raise InputError(f"metric: got {name!r}; allowed: percentiles in a steady open loop, with arrival_rate")
         cap, batch = batch_cap(point.workload, point.config), float(prediction().effective_batch_size)
         states = states_for(None if cap is None else float(cap), 1.2 * batch)
-        if batch > 0.9 * states:
-            raise InputError(f"metric: got {name!r} at a batch of {batch:.0f} req; allowed: up to {0.9 * states:.0f}")
+        most = float(known_up_to(states, cap))
+        if batch > most:
+            raise InputError(f"metric: got {name!r} at a batch of {batch:.0f} req; allowed: up to {most:.0f}")
         return Metric(name, "percentiles", PERCENTILE_METRICS.index(name), states)
     if point.config.acceptance is None or float(point.config.draft_length) == 0:
         raise InputError(f"metric: got {name!r} without speculation; allowed: with draft_length > 0")

@@ -25,7 +25,8 @@ from diffspec.optimizing.limits import costs
 from diffspec.optimizing.question import Question
 from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
 from diffspec.optimizing.servers import MILLION, Server, hours_per_million, joules, when_busy
-from diffspec.percentiles import predict_distribution, states_for
+from diffspec.parameters import Scalar
+from diffspec.percentiles import known_up_to, predict_distribution, states_for
 from diffspec.prediction import Prediction
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import MOST_STATES, ServingModel
@@ -36,8 +37,6 @@ SPREAD_DRAWS = 32
 """Draws that are asked for percentiles or goodput, which take their time."""
 SPREAD_ROUNDS = 4
 """Rounds of multipliers for such a question."""
-KNOWN_UP_TO = 0.9
-"""Share of the chain's size up to which a mean batch has percentiles."""
 
 
 class EveryLength(NamedTuple):
@@ -94,14 +93,14 @@ class EveryLength(NamedTuple):
         return np.asarray(load)
 
     def _states(self, batches: np.ndarray) -> int:
-        one: Workload = jax.tree.map(lambda leaf: leaf[0], self.workloads)
-        cap = batch_cap(one, self.config)
+        cap = self._cap()
         return states_for(None if cap is None else min(float(cap), MOST_STATES), float(batches.max()))
 
     def _known_up_to(self, states: int) -> float:
-        """Mean batch [req] up to which percentiles are known: any where the chain is as long as the cap."""
-        cap = batch_cap(jax.tree.map(lambda leaf: leaf[0], self.workloads), self.config)
-        return np.inf if cap is not None and float(cap) <= states else KNOWN_UP_TO * states
+        return float(known_up_to(states, self._cap()))
+
+    def _cap(self) -> Scalar | None:
+        return batch_cap(jax.tree.map(lambda leaf: leaf[0], self.workloads), self.config)
 
     def _looked_at(self, states: int) -> tuple[Callable, tuple]:
         """:func:`looked_at` with its data."""

@@ -266,8 +266,7 @@ def _sure(asked: Question, load: float, arms: list[Arm], own: Arm | None, found:
     if at_risk is None:
         chosen = names.index(min(found.best, key=lambda one: one.key).same)
     else:
-        flat = asked.goal.metrics == ("goodput",)
-        levels = np.round(at_risk / EQUAL) if flat else at_risk
+        levels = np.round(at_risk / EQUAL) if asked.goal.flat else at_risk
         chosen = min(candidates, key=lambda n: (levels[n], listed[n].key))
     winner = listed[chosen]
     placed = asked.replicas.index(int(winner.point.replicas[0]))

@@ -1,6 +1,7 @@
 """A joint decision as plain data: points, relaxed solutions, shadow prices, and where the answer must be doubted."""
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,11 @@ from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.observations import UNCAPPED
 from diffspec.optimizing.catalogue import RequestClass
 from diffspec.optimizing.constrained import Solution, tied_groups
-from diffspec.optimizing.every_length import KNOWN_UP_TO
 from diffspec.optimizing.joint_problem import ADDED_UP, Objective, excesses, over_all
 from diffspec.optimizing.joint_question import Question
 from diffspec.optimizing.joint_search import Arm, Ranges, Scored, as_reals, relaxable
 from diffspec.optimizing.joint_tails import UNKNOWN
+from diffspec.percentiles import known_up_to
 from diffspec.serving import MOST_STATES
 
 
@@ -185,9 +186,10 @@ def caveats(own: FittedDeployment, arms, classes, loads, longest, caps) -> list[
             f"waiting for a place is not counted at batch caps above {MOST_STATES}: they look better than they are"
         )
     tails = arms[0].drafted.tails
-    if tails is not None and tails.spread and max(caps) > tails.states:
+    known = None if tails is None or not tails.spread else float(known_up_to(tails.states, max(caps)))
+    if known is not None and known < math.inf:
         notes.append(
-            f"above {KNOWN_UP_TO * tails.states:.0f} req in service on average no percentile is known: such points "
+            f"above {known:.0f} req in service on average no percentile is known: such points "
             "count as breaking limits; give a batch cap"
         )
     if not own.plain_measured:

@@ -17,7 +17,7 @@ from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.observations import states_of
 from diffspec.fitting.uncertainty import DRAWS
 from diffspec.optimizing.candidates import NO_ENERGY
-from diffspec.optimizing.catalogue import DrafterChoice, RequestClass
+from diffspec.optimizing.catalogue import DrafterChoice, RequestClass, mean_request
 from diffspec.optimizing.expert_search import routed, routed_draws
 from diffspec.optimizing.joint_problem import Drafted, evaluate_points
 from diffspec.optimizing.joint_question import Question
@@ -27,6 +27,7 @@ from diffspec.optimizing.servers import prices, server_of
 from diffspec.results import InputError
 from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.tree_shapes import tree_shapes
+from diffspec.workload import Workload
 
 OWN, ANY = DrafterChoice("fitted"), ConstantAcceptance(0.5)
 """The deployment's own drafter; an acceptance for points that do not draft."""
@@ -131,13 +132,12 @@ def looking_at(arm: Arm, tails: Tails | None, asked: Question) -> Arm:
     if tails is None:
         return arm
     if "energy" in asked.looked_at:
-        pair = server_of(arm.deployment).pair
+        prompt, output, _ = mean_request(asked.classes)
+        pair = server_of(arm.deployment).pair_at(Workload(prompt, output, concurrency=1.0))
         if pair is None:
             raise InputError(
                 f"energy: {NO_ENERGY} (drafter {arm.name}); allowed: with a verifier's config and hardware"
             )
-        prompt, output = (float(asked.shapes.share @ lengths) for lengths in asked.shapes[2:4])
-        pair = replace(pair, prompt_length=prompt, output_length=output)
         tails = replace(tails, pair_json=json.dumps(pair.to_dict(), sort_keys=True))
     return arm._replace(drafted=arm.drafted._replace(tails=tails))
 

@@ -121,7 +121,7 @@ def interval_of(
     [1] against each draw's best."""
     kept = np.where(drawn.feasible, drawn.cost, np.inf)[:, candidates]
     any_kept, keeps = np.isfinite(kept).any(axis=1), drawn.feasible[:, chosen]
-    equal = EQUAL if goal.metrics == ("goodput",) else 1e-10  # of equally good ones the smaller latency, as chosen
+    equal = EQUAL if goal.flat else 1e-10  # of equally good ones the smaller latency, as chosen
     level = kept <= kept.min(axis=1, keepdims=True) + equal
     least = np.where(level, drawn.e2e[:, candidates], np.inf).argmin(axis=1)
     best = np.where(any_kept, np.asarray(candidates)[least], -1)

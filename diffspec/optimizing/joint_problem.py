@@ -25,7 +25,7 @@ import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance, ConstantAcceptance
 from diffspec.analysis.answers import metric_values
-from diffspec.analysis.plain import FAST_COMPILE
+from diffspec.analysis.plain import FAST_COMPILE, padded_rows
 from diffspec.configuration import Configuration
 from diffspec.latency_distribution import PERCENTILE_METRICS
 from diffspec.optimizing.catalogue import RequestClass
@@ -66,6 +66,11 @@ class Objective(NamedTuple):
     def made_large(self) -> bool:
         """True of what adds up over replicas, and is made large."""
         return self.metrics[0] in MADE_LARGE
+
+    @property
+    def flat(self) -> bool:
+        """True of goodput: where nearly all requests keep their limits it is the load itself, at many points."""
+        return self.metrics == ("goodput",)
 
 
 class ClassLimit(NamedTuple):
@@ -245,7 +250,7 @@ def unmet(goal: Objective, metrics, cost):
     found = ~np.isfinite(np.asarray(cost))
     if UNKNOWN in metrics:
         found = found | (np.asarray(metrics[UNKNOWN])[..., 0] > 0)
-    if goal.metrics == ("goodput",):
+    if goal.flat:
         found = found | (np.asarray(metrics["goodput"]).sum(-1) <= 1e-9 * np.asarray(metrics["throughput"]).sum(-1))
     return found
 
@@ -272,8 +277,7 @@ def evaluate_points(drafted: Drafted, shapes: Shapes, load: float, points: np.nd
     parts, tails = [], drafted.tails
     size = CHUNK if tails is None or not tails.spread else max(CHUNK * 64 // tails.states, FEW)  # memory
     for first in range(0, len(points), size):
-        chunk = points[first : first + size]
-        padded = np.concatenate([chunk, np.repeat(chunk[-1:], size - len(chunk), axis=0)])
+        padded = padded_rows(points[first : first + size], size)
         metrics, _, saturated = _many(drafted, shapes, float(load), padded)
         parts.append((metrics, saturated))
     metrics, saturated = jax.tree.map(lambda *chunks: np.concatenate(chunks)[: len(points)], *parts)
@@ -285,7 +289,6 @@ def evaluate_draws(drafted: Drafted, models: ServingModel, shapes: Shapes, load:
     which have a leading axis; :data:`FEW` points a call."""
     parts = []
     for first in range(0, len(points), FEW):
-        part = points[first : first + FEW]
-        padded = np.concatenate([part, np.repeat(part[-1:], FEW - len(part), axis=0)])
+        padded = padded_rows(points[first : first + FEW], FEW)
         parts.append(_drawn(drafted, models, shapes, float(load), padded))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1)[:, : len(points)], *parts)

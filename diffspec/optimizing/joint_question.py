@@ -14,7 +14,7 @@ from diffspec.optimizing.joint_problem import ClassLimit, Objective, Shapes, par
 from diffspec.optimizing.joint_search import STARTS, Ranges
 from diffspec.optimizing.joint_tails import Tails
 from diffspec.optimizing.limits import LIMITED, check_loads, parse_limit
-from diffspec.optimizing.question import PER_REQUEST, SPENT
+from diffspec.optimizing.question import PER_REQUEST, SPENT, check_within
 from diffspec.percentiles import states_for
 from diffspec.results import InputError
 from diffspec.serving import MOST_STATES
@@ -78,7 +78,7 @@ class Question(NamedTuple):
         if not (self.percentiles or self.within or "energy" in self.looked_at):
             return None
         most = max(self.ranges.caps)
-        states = states_for(min(most, MOST_STATES), most) if most <= MOST_STATES else states_for(None, batch)
+        states = states_for(most, most) if most <= MOST_STATES else states_for(None, batch)
         names = tuple(dict.fromkeys(entry.limit.metric for entry in self.within))
         tailed = [entry for entry in self.limits if entry.limit.percentile is not None]
         return Tails(
@@ -141,18 +141,7 @@ def read_joint_question(
         replicas=sorted(set(replicas)),
         risk=risk,
     )
-    for entry in within:
-        if entry.limit.sign < 0:
-            text = entry.text(classes)
-            raise InputError(f"limit {text!r}: allowed: an upper limit, {entry.limit.metric}<NUMBER")
-    if within and "goodput" not in asked.looked_at:
-        name, text = within[0].limit.metric, within[0].text(classes)
-        raise InputError(
-            f"limit {text!r} is one on each request, which only goodput counts; allowed: {name}_mean<NUMBER, "
-            f"{name}_p95<NUMBER, or with it the objective goodput or a limit goodput>NUMBER"
-        )
-    if "goodput" in asked.looked_at and not within:
-        raise InputError("goodput: got no limit that a request must keep; allowed: at least one, such as 'ttft<0.5'")
+    check_within([(entry.text(classes), entry.limit) for entry in within], "goodput" in asked.looked_at)
     short = [one.output_length <= 1 for one in classes]
     for number, name in [*((None, name) for name in goal.metrics), *((e.number, e.limit.metric) for e in every)]:
         if name.startswith(("tpot", "itl")) and (all(short) if number is None else short[number]):

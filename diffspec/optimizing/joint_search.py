@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffspec.analysis.plain import few_sizes
+from diffspec.analysis.plain import few_sizes, padded_rows
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.optimizing.constrained import Solution, minimise_within
 from diffspec.optimizing.joint_problem import (
@@ -143,17 +143,16 @@ def relaxed(arm: Arm, shapes, goal, limits, loads, ranges: Ranges, sizes=None, r
     count, starts = len(shapes.share), np.asarray(STARTS)
     variables = variables_of(arm, ranges, count, sizes)
     low, high = variables.ranges(arm, ranges, sizes)
-    missing = few_sizes(len(loads)) - len(loads)
-    replicas = [*(replicas or [1] * len(loads)), *[1] * missing]
-    loads = [*loads, *[loads[-1]] * missing]
+    asked = np.asarray([loads, replicas or [1] * len(loads)], dtype=float).T
+    loads, replicas = padded_rows(asked, few_sizes(len(loads))).T
     lanes = len(loads) * len(starts)
     data = {
-        "load": np.repeat(np.asarray(loads, dtype=float), len(starts)),
+        "load": np.repeat(loads, len(starts)),
         "low": np.tile(low, (lanes, 1)),
         "high": np.tile(high, (lanes, 1)),
         "cap": np.full(lanes, ranges.caps[0]),
         "size": np.full(lanes, math.log(arm.size)),
-        "replicas": np.repeat(np.asarray(replicas, dtype=float), len(starts)),
+        "replicas": np.repeat(replicas, len(starts)),
     }
     function = relaxed_function(relaxable(goal), tuple(entry.of_one for entry in limits), variables)
     at = np.tile(starts[:, None], (len(loads), len(low)))
@@ -267,8 +266,7 @@ def score(arm: Arm, shapes: Shapes, goal, limits, load, points, replicas: int = 
     if goal.made_large:
         cost = cost - math.log(replicas)
     worst = np.where(unmet(goal, metrics, cost), np.maximum(worst, HOPELESS), worst)
-    flat = goal.metrics == ("goodput",)  # the load itself at many points: of those that agree the least latency
-    level = np.round(cost / EQUAL) * EQUAL if flat else cost
+    level = np.round(cost / EQUAL) * EQUAL if goal.flat else cost  # of those that agree the least latency
     e2e = np.log(over_all("e2e_mean", metrics, shapes.share))
     return Scored(points, metrics, cost, level, worst, saturated, e2e, np.full(len(points), replicas))
 

@@ -4,7 +4,7 @@
     goodput = sum over classes of throughput_c * product over the limits on its requests of P(metric <= bound)
     energy = 1e6 * (joules while it works + idle power that a token waits for), of the mean step of all classes
 
-A tail costs a fiftieth of a percentile, and has a derivative; percentiles themselves are found where one is the
+A tail asks the law once, a percentile 45 times (bisection); percentiles themselves are found where one is the
 objective, and of the points that are told. The laws are those of :func:`diffspec.percentiles.class_laws`, scaled to the
 means of the classes.
 """
@@ -20,14 +20,10 @@ from jaxtyping import Array, Float
 from diffspec.configuration import Configuration
 from diffspec.first_principles import FirstPrinciples
 from diffspec.lengths import Lengths
-from diffspec.optimizing.every_length import KNOWN_UP_TO
-from diffspec.optimizing.servers import MILLION, joules_with_idle
-from diffspec.percentiles import class_laws
+from diffspec.optimizing.servers import MILLION, joules_of_classes
+from diffspec.percentiles import class_laws, known_up_to
 from diffspec.prediction import Prediction
-from diffspec.request_mix import mean_step, request_mix
-from diffspec.resources import energy_per_token
 from diffspec.serving import ServingModel
-from diffspec.step_time import BatchState, scaled
 from diffspec.workload import Workload
 
 
@@ -86,15 +82,14 @@ class Tails(eqx.Module):
         batch = jnp.sum(found.effective_batch_size)
         if self.pair_json is not None:
             pair = FirstPrinciples.from_dict(json.loads(self.pair_json))
-            joules = mixed_joules(pair, serving, workloads, configs, batch)
+            joules = joules_of_classes(pair, serving, workloads, configs, batch)
             values["energy"] = jnp.full(len(workloads), MILLION * joules)
         if not self.spread:
             return values
         laws = class_laws(serving, workloads, configs, self.lengths, states=self.states)
         laws = laws.at_means({"ttft": found.ttft, "e2e": found.e2e_latency})
-        classes, places = len(workloads), configs[0].max_batch_size
-        cut = jnp.asarray(True) if places is None else jnp.asarray(places, dtype=float) > self.states
-        unknown = (batch > KNOWN_UP_TO * self.states) & cut  # a chain as long as the cap is exact
+        classes = len(workloads)
+        unknown = batch > known_up_to(self.states, configs[0].max_batch_size)
         values[UNKNOWN] = jnp.full(classes, jnp.where(unknown, 1.0, 0.0))
         means = {"ttft": found.ttft, "tpot": found.tpot, "itl": found.itl, "e2e": found.e2e_latency}
 
@@ -128,28 +123,3 @@ class Tails(eqx.Module):
                 name, lambda metric, percents: laws.percentiles_of_all(metric, percents, weight)
             )
         return values
-
-
-def mixed_joules(
-    pair: FirstPrinciples,
-    serving: ServingModel,
-    workloads: Sequence[Workload],
-    configs: Sequence[Configuration],
-    batch,
-):
-    """Joules per output token [J] of one server of several classes with a mean ``batch`` [req] in service, idle power
-    included: :func:`diffspec.optimizing.servers.joules` of the mean step and the mean request. ``pair``: of the mean
-    lengths.
-    """
-    request = request_mix(serving.step_time, workloads, configs, serving.steps_form)
-    step = scaled(serving.step_time, drafter=configs[0].drafter_scale)
-    state, tokens = mean_step(request, workloads, configs, batch)
-    read = request.mean(request.prompt_tokens)
-    prefill = step(BatchState(prefill_tokens=read, draft_passes=state.draft_passes)).prefill
-    told: dict[str, Any] = {"drafter_scale": configs[0].drafter_scale, "prefill_tokens": read}
-    joules, _ = energy_per_token(pair, step, state, tokens, prefill, **told)
-    rate = sum(jnp.asarray(workload.arrival_rate, dtype=float) for workload in workloads)
-    output = request.mean(jnp.asarray([workload.output_length for workload in workloads], dtype=float))
-    return joules_with_idle(
-        pair, joules, output, rate, output / (state.sequences * tokens) * step(state).total + prefill
-    )

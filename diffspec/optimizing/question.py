@@ -75,6 +75,22 @@ class Question:
         return tuple(name for name in self.metrics if name in SPENT)
 
 
+def check_within(within: Sequence[tuple[str, Limit]], goodput: bool) -> None:
+    """Raise :class:`InputError` unless limits on single requests, each with the words it is told by, are upper ones and
+    are there where ``goodput`` is looked at, and only there."""
+    for text, limit in within:
+        if limit.sign < 0:
+            raise InputError(f"limit {text!r}: allowed: an upper limit, {limit.metric}<NUMBER")
+    if within and not goodput:
+        text, name = within[0][0], within[0][1].metric
+        raise InputError(
+            f"limit {text!r} is one on each request, which only goodput counts; allowed: {name}_mean<NUMBER, "
+            f"{name}_p95<NUMBER, or with it the objective goodput or a limit goodput>NUMBER"
+        )
+    if goodput and not within:
+        raise InputError("goodput: got no limit that a request must keep; allowed: at least one, such as 'ttft<0.5'")
+
+
 def read_question(objective: str, slo: Sequence[str], loop: str, loads: Sequence[float], longest: int) -> Question:
     """Read and check an objective and limits such as ``"ttft_p95<0.5"`` [s]; ``"ttft<0.5"``: a limit on each request.
 
@@ -98,17 +114,7 @@ def read_question(objective: str, slo: Sequence[str], loop: str, loads: Sequence
         tuple(limit for limit in every if limit.metric not in PER_REQUEST),
         tuple(strictest[name] for name in PER_REQUEST if name in strictest),
     )
-    for limit in found.within:
-        if limit.sign < 0:
-            raise InputError(f"limit {limit.text!r}: allowed: an upper limit, {limit.metric}<NUMBER")
-    if found.within and "goodput" not in found.metrics:
-        name = found.within[0].metric
-        raise InputError(
-            f"limit {found.within[0].text!r} is one on each request, which only goodput counts; allowed: "
-            f"{name}_mean<NUMBER, {name}_p95<NUMBER, or with it the objective goodput or a limit goodput>NUMBER"
-        )
-    if "goodput" in found.metrics and not found.within:
-        raise InputError("goodput: got no limit that a request must keep; allowed: at least one, such as 'ttft<0.5'")
+    check_within([(limit.text, limit) for limit in found.within], "goodput" in found.metrics)
     if found.spread and loop != "arrival_rate":
         name = (*found.percentiles, "goodput")[0]
         raise InputError(f"{name}: got a closed loop, which has no percentiles here; allowed: loads as arrival_rate")

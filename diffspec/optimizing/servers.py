@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance
-from diffspec.analysis.before_traces import Unmeasured, before_traces, working
+from diffspec.analysis.before_traces import Unmeasured, Working, before_traces, working, working_at
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.first_principles import FirstPrinciples
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.principles import KEY
 from diffspec.hardware import accelerator
 from diffspec.parameters import Scalar
+from diffspec.request_mix import mean_step, request_mix
 from diffspec.resources import MemoryPlan, memory_plan
 from diffspec.results import InputError
 from diffspec.serving import MOST_STATES, ServingModel
@@ -250,12 +251,29 @@ def when_busy(batch, workload: Workload):
 def joules(pair: FirstPrinciples, step: AbstractStepTime, workload: Workload, config: Configuration, n, rate) -> Scalar:
     """Joules per output token [J] of one server of a ``pair`` of the workload's lengths with ``n`` [req] in service
     while it works: see the module."""
-    found, output = working(pair, step, workload, config, n), workload.output_length
-    return joules_with_idle(pair, found.joules, output, rate, output / (n * found.tokens) * found.step + found.prefill)
+    found = working(pair, step, workload, config, n)
+    return _with_idle(pair, found, n, workload.output_length, rate)
 
 
-def joules_with_idle(pair: FirstPrinciples, joules, output_length, rate, seconds) -> Scalar:
-    """Joules per output token [J] from those while it works, and the idle power in between: a request of
-    ``output_length`` [tok] keeps the server working for ``seconds``, at ``rate`` [req/s]."""
-    busy = jnp.minimum(rate * seconds, 1.0)
-    return joules + pair.tensor_parallel * pair.hardware.idle_power * (1.0 - busy) / (rate * output_length)
+def joules_of_classes(
+    pair: FirstPrinciples,
+    serving: ServingModel,
+    workloads: Sequence[Workload],
+    configs: Sequence[Configuration],
+    batch,
+) -> Scalar:
+    """:func:`joules` of a server of several classes with a mean ``batch`` [req] in service: those of the mean step
+    (:func:`diffspec.request_mix.mean_step`) and the mean request. ``pair``: of the mean lengths."""
+    request = request_mix(serving.step_time, workloads, configs, serving.steps_form)
+    state, tokens = mean_step(request, workloads, configs, batch)
+    read = request.mean(request.prompt_tokens)
+    found = working_at(pair, serving.step_time, state, tokens, read, configs[0].drafter_scale)
+    rate = sum(jnp.asarray(workload.arrival_rate, dtype=float) for workload in workloads)
+    output = request.mean(jnp.asarray([workload.output_length for workload in workloads], dtype=float))
+    return _with_idle(pair, found, state.sequences, output, rate)
+
+
+def _with_idle(pair: FirstPrinciples, found: Working, n, output, rate) -> Scalar:
+    """Joules per output token from those while it works, and the idle power in between."""
+    busy = jnp.minimum(rate * (output / (n * found.tokens) * found.step + found.prefill), 1.0)
+    return found.joules + pair.tensor_parallel * pair.hardware.idle_power * (1.0 - busy) / (rate * output)
