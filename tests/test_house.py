@@ -20,7 +20,7 @@ PACKAGE = REPOSITORY / "diffspec"
 
 # A module may import from strictly lower layers. A room is a top-level module or a package with all its files.
 LAYERS = (
-    ("results", "parameters"),
+    ("results", "parameters", "programs"),
     ("workload", "lengths", "hardware", "architecture"),
     (
         *("acceptance_curves", "acceptance", "acceptance_decay", "experts"),

@@ -14,7 +14,6 @@ from test_expert_placement import SKEWED, counts_of, mixture
 from test_trees import path_products
 
 from diffspec.acceptance import AbstractPositionwise, ConstantAcceptance
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.cli import main
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment, FittedModel
@@ -26,6 +25,7 @@ from diffspec.optimizing.joint_arms import arms_of
 from diffspec.optimizing.joint_draws import contenders, draw_shortlist, shortlist
 from diffspec.optimizing.joint_problem import parse_objective, shapes_of
 from diffspec.optimizing.joint_search import Ranges, score
+from diffspec.programs import FAST_COMPILE
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
 from diffspec.trees import Tree

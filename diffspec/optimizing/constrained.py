@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.fitting.solve import lbfgs_directions, lbfgs_memory
+from diffspec.programs import program
 
 ROUNDS, STEPS, WEIGHT, MOST_WEIGHT = 12, 30, 10.0, 1e6
 TOLERANCE = 1e-5
@@ -130,7 +130,7 @@ def minimise_within(
     return Solution(x, value, excess, multipliers, stationarity, complementarity, violation, evaluations)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+@program(0)
 def _evaluate(function, x, data, multipliers, weight, shared):
     """(augmented Lagrangian, f, c, gradient) of every lane."""
 

@@ -8,7 +8,7 @@ Energy is :func:`diffspec.optimizing.servers.joules`', per million output tokens
 
 import json
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.analysis.answers import metric_values
-from diffspec.analysis.plain import FAST_COMPILE, few_sizes, padded_rows
+from diffspec.analysis.plain import few_sizes, padded_rows
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.first_principles import FirstPrinciples
 from diffspec.lengths import Lengths
@@ -28,6 +28,7 @@ from diffspec.optimizing.servers import MILLION, Server, hours_per_million, joul
 from diffspec.parameters import Scalar
 from diffspec.percentiles import known_up_to, predict_distribution, states_for
 from diffspec.prediction import Prediction
+from diffspec.programs import program
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.workload import Workload
@@ -123,7 +124,7 @@ class EveryLength(NamedTuple):
         return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], found)
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST_COMPILE)
+@program(0, 1)
 def _evaluate(function: Callable, longest: int, serving: ServingModel, workloads: Workload, config, data, count):
     """Of the first ``count`` loads; traced, so that few programs serve any number of them."""
     lengths = jnp.arange(longest + 1, dtype=float)
