@@ -2,7 +2,7 @@
 
 JAX's own cache holds what XLA makes of a program, but a process must trace and lower the program before it can ask for
 it, which takes most of a short command. Here the executable is kept under what the trace depends on: the function, the
-static arguments, the structure, shapes and types of the others, all of diffspec's sources, versions, the environment of
+static arguments, the structure, shapes and types of the others, all of diffspec's sources, versions, the settings of
 JAX and XLA, and the processor. Only the command line keeps programs (:func:`diffspec.cli.prepare.prepare_jax`); for
 everybody else :func:`program` is ``jax.jit``, and so it is wherever anything at all goes wrong.
 
@@ -83,10 +83,10 @@ def _entry(name: str, options: dict[str, Any], folder: Path, tree, static: tuple
         if jax.default_backend() != "cpu" or jax.device_count() > 1:
             return None
         shapes = [(str(kind.dtype), kind.shape, kind.weak_type) for kind in types]
-        environment = sorted(pair for pair in os.environ.items() if pair[0].startswith(("JAX_", "XLA_")))
-        state = (jax.config.jax_enable_x64, jax.config.jax_numpy_dtype_promotion, environment)
+        settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
+        environment = sorted(pair for pair in os.environ.items() if pair[0].startswith("XLA_"))
         structure = jax.tree.unflatten(tree, range(tree.num_leaves))  # static fields by value, classes by full name
-        asked = pickle.dumps((name, options, static, structure, shapes, state))
+        asked = pickle.dumps((name, options, static, structure, shapes, settings, environment))
         key = hashlib.sha256(sources(Path(__file__).parent) + _platform() + asked).hexdigest()
     except Exception:  # whatever has no value that can be told
         return None
@@ -142,7 +142,7 @@ def _stored(path: Path | None, jitted, args: tuple) -> Callable | None:
     from jax.experimental.compilation_cache import compilation_cache
     from jax.experimental.serialize_executable import serialize
 
-    used = jax.config.jax_enable_compilation_cache
+    used = jax.config.values["jax_enable_compilation_cache"]
     try:
         jax.config.update("jax_enable_compilation_cache", False)  # what was read from JAX's cache cannot be kept whole
         compilation_cache.reset_cache()

@@ -4,14 +4,16 @@ import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_cli_main import toy_model
 
 from diffspec import programs
+from diffspec.cli.prepare import prepare_jax
 from diffspec.programs import keep_programs, program, sources
 from diffspec.results import RESULTS
 
@@ -119,12 +121,18 @@ def test_changed_sources_are_other_programs(tmp_path, monkeypatch):
     assert len(TRACED) == 2
 
 
-@pytest.mark.parametrize("name", ["XLA_FLAGS", "JAX_DEFAULT_MATMUL_PRECISION"])
-def test_other_settings_are_other_programs(name, monkeypatch):
+def test_other_settings_are_other_programs(monkeypatch):
     fresh_process()(2, PAIR)
-    monkeypatch.setenv(name, "other")
+    monkeypatch.setenv("XLA_FLAGS", "other")
     fresh_process()(2, PAIR)
     assert len(TRACED) == 2
+    precision = jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", "highest")
+    try:
+        fresh_process()(2, PAIR)
+    finally:
+        jax.config.update("jax_default_matmul_precision", precision)
+    assert len(TRACED) == 3
 
 
 def test_a_folder_that_cannot_be_written_is_done_without(tmp_path):
@@ -170,6 +178,21 @@ def test_a_closure_is_refused():
         program()(raised)
 
 
+@pytest.mark.parametrize(
+    ("environment", "kept"),
+    [({}, "cache/programs"), ({"DIFFSPEC_KEEP_PROGRAMS": "0"}, None), ({"DIFFSPEC_CACHE_DIR": ""}, None)],
+)
+def test_what_switches_it_off(environment, kept, tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    for name, value in ({"DIFFSPEC_CACHE_DIR": str(tmp_path / "cache")} | environment).items():
+        monkeypatch.setenv(name, value)
+    prepare_jax()
+    jax.config.update("jax_compilation_cache_dir", before)
+    fresh_process()(2, PAIR)
+    assert (kept is not None) == (tmp_path / "cache" / "programs").exists()
+    assert kept is None or len(list((tmp_path / kept).iterdir())) == 1
+
+
 COUNTED = """
 import sys
 import jax.monitoring
@@ -179,23 +202,23 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 from diffspec.cli import main
 code = main(sys.argv[1:])
-print(*sorted({"_compare", "_distribution", "_predict_draws"}.intersection(traced)), file=sys.stderr)
+print(*sorted({"_compare", "_distribution"}.intersection(traced)), file=sys.stderr)
 sys.exit(code)
 """
 
 
 @pytest.mark.slow
 def test_a_second_predict_traces_no_large_program(tmp_path):
-    fitted = Path(__file__).parent / "fixtures" / "model.json"
+    model = toy_model(tmp_path / "model.json")
     load = ["--arrival-rate", "3", "--prompt-length", "64", "--output-length", "64", "--draft-length", "2", "--json"]
-    environment = os.environ | {"DIFFSPEC_CACHE_DIR": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "1"}
+    environment = os.environ | {"DIFFSPEC_CACHE_DIR": str(tmp_path / "cache")}
 
     def run(**settings: str) -> tuple[str, str]:
-        command = [sys.executable, "-c", COUNTED, "predict", str(fitted), *load]
+        command = [sys.executable, "-c", COUNTED, "predict", str(model), *load]
         done = subprocess.run(command, env=environment | settings, capture_output=True, text=True, check=True)
         return done.stdout, done.stderr.splitlines()[-1]
 
-    first, traced = run()
-    assert traced == "_compare _distribution _predict_draws"
-    assert run() == (first, "")
-    assert run(DIFFSPEC_KEEP_PROGRAMS="0") == (first, traced)
+    first = run()
+    assert first[1] == "_compare _distribution"
+    assert run() == (first[0], "")
+    assert run(DIFFSPEC_KEEP_PROGRAMS="0") == first

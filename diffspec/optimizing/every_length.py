@@ -8,7 +8,6 @@ Energy is :func:`diffspec.optimizing.servers.joules`', per million output tokens
 
 import json
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -104,7 +103,7 @@ class EveryLength(NamedTuple):
         return batch_cap(jax.tree.map(lambda leaf: leaf[0], self.workloads), self.config)
 
     def _looked_at(self, states: int) -> tuple[Callable, tuple]:
-        """:func:`looked_at` with its data."""
+        """:class:`LookedAt` with its data."""
         question, workload = self.question, jax.tree.map(lambda leaf: float(leaf[0]), self.workloads)
         pair = self.server.pair_at(workload) if "energy" in question.metrics else None
         if "energy" in question.metrics and pair is None:
@@ -115,7 +114,7 @@ class EveryLength(NamedTuple):
             return _means, ()
         law, price = Lengths.lognormal(float(workload.output_scv)), np.float64(self.price or np.nan)
         key = None if pair is None else json.dumps(pair.to_dict(), sort_keys=True)
-        return looked_at(question.of_one, states, key), (question.bounds, law, price)
+        return LookedAt(question.of_one, states, key), (question.bounds, law, price)
 
     def _evaluate(self, serving: ServingModel, function: Callable, data: tuple) -> tuple[Values, np.ndarray]:
         count = len(self._rates())
@@ -154,27 +153,30 @@ def _means(serving: ServingModel, workload: Workload, config: Configuration, fou
     return metric_values(found)
 
 
-@lru_cache
-def looked_at(question: Question, states: int, pair_json: str | None) -> Callable:
-    """``function(serving, workload, config, prediction, data)`` -> every mean and all that the question looks at, by
-    name; the same function for the same question, so that its program is compiled once.
+class LookedAt(NamedTuple):
+    """(serving, workload, config, prediction, data) -> every mean and all that ``question`` looks at, by name; equal
+    for the same question, so that its program is compiled once. ``states`` [req]: of the chain of requests;
+    ``pair_json``: of the architecture and hardware, for energy.
 
-    ``data``: (bounds [s] of the limits on single requests, the law of lengths, price of an hour [1/h]); ``pair_json``:
-    of the architecture and hardware, for energy.
+    ``data``: (bounds [s] of the limits on single requests, the law of lengths, price of an hour [1/h])
     """
-    pair = None if pair_json is None else FirstPrinciples.from_dict(json.loads(pair_json))
-    percents = tuple(dict.fromkeys(int(name.split("_p")[1]) for name in question.percentiles))
-    names = dict.fromkeys(limit.metric for limit in question.within)
-    places = {name: np.asarray([i for i, one in enumerate(question.within) if one.metric == name]) for name in names}
 
-    def function(serving: ServingModel, workload: Workload, config: Configuration, found: Prediction, data):
-        bounds, law, price = data
+    question: Question
+    states: int
+    pair_json: str | None
+
+    def __call__(self, serving: ServingModel, workload: Workload, config: Configuration, found: Prediction, data):
+        question, (bounds, law, price) = self.question, data
         values: dict[str, Any] = metric_values(found)
         if question.spread:
+            percents = tuple(dict.fromkeys(int(name.split("_p")[1]) for name in question.percentiles))
+            limited = [limit.metric for limit in question.within]
+            times: Mapping[str, Any] = {
+                name: bounds[np.flatnonzero([one == name for one in limited])] for name in dict.fromkeys(limited)
+            }
             means = {"ttft": found.ttft, "e2e": found.e2e_latency}
-            times: Mapping[str, Any] = {name: bounds[place] for name, place in places.items()}
             spread = predict_distribution(
-                serving, workload, config, law, states=states, percentiles=percents, at=times, means=means
+                serving, workload, config, law, states=self.states, percentiles=percents, at=times, means=means
             )
             tails = spread.at_means(**means)
             for name in question.percentiles:
@@ -185,10 +187,9 @@ def looked_at(question: Question, states: int, pair_json: str | None) -> Callabl
                 values["goodput"] = found.throughput * jnp.maximum(share, 1e-12)  # for its logarithm
         if "cost" in question.metrics:
             values["cost"] = hours_per_million(price, found.throughput, workload.output_length)
-        if "energy" in question.metrics and pair is not None:
+        if "energy" in question.metrics and self.pair_json is not None:
+            pair = FirstPrinciples.from_dict(json.loads(self.pair_json))
             batch = when_busy(found.effective_batch_size, workload)
             spent = joules(pair, serving.step_time, workload, config, batch, found.throughput)
             values["energy"] = MILLION * spent
         return values
-
-    return function
