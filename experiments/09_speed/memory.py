@@ -3,7 +3,7 @@
     python experiments/09_speed/memory.py
 
 Whole: `jax.vmap`. In chunks: `jax.lax.map(one, systems, batch_size=65536)`, the same program over one chunk after the
-other. `temporary` is what XLA reserves for the program beside its argument and its answer; `peak` is by how much the
+other. Donated: the argument's memory may hold the answer, so the argument is gone. `temporary` is what XLA reserves for the program beside its argument and its answer; `peak` is by how much the
 resident memory of the process, which holds the argument by then, rises at most while it runs (Linux: VmHWM, reset
 before). Writes memory.json beside itself.
 """
@@ -38,8 +38,9 @@ def measure(systems: int, program: str, way: str) -> dict:
 
     one = value if program == "value" else jax.value_and_grad(value)
     many = jax.vmap(one) if way == "whole" else partial(jax.lax.map, one, batch_size=CHUNK)
+    given = (0,) if way == "chunks, donated" else ()
     data = jax.block_until_ready(jax.device_put(random_systems(systems)))
-    compiled = jax.jit(many).lower(data).compile()
+    compiled = jax.jit(many, donate_argnums=given).lower(data).compile()
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     seconds = timed(compiled, data)
