@@ -3,9 +3,10 @@
     python experiments/09_speed/memory.py
 
 Whole: `jax.vmap`. In chunks: `jax.lax.map(one, systems, batch_size=65536)`, the same program over one chunk after the
-other. Donated: the argument's memory may hold the answer, so the argument is gone. `temporary` is what XLA reserves for the program beside its argument and its answer; `peak` is by how much the
-resident memory of the process, which holds the argument by then, rises at most while it runs (Linux: VmHWM, reset
-before). Writes memory.json beside itself.
+other; `--one 1000000 "value and gradient" "chunks, donated"` lets the answer take the argument's place. `temporary` is
+what XLA reserves for the program beside its argument and its answer; `peak` is by how much the resident memory of the
+process, which holds the argument by then, rises at most while it runs (Linux: VmHWM, reset before). Writes memory.json
+beside itself.
 """
 
 import argparse
