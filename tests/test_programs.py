@@ -179,18 +179,27 @@ def test_a_closure_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("environment", "kept"),
-    [({}, "cache/programs"), ({"DIFFSPEC_KEEP_PROGRAMS": "0"}, None), ({"DIFFSPEC_CACHE_DIR": ""}, None)],
+    ("environment", "cached", "kept"),
+    [
+        ({}, True, True),
+        ({"DIFFSPEC_KEEP_PROGRAMS": "0"}, True, False),
+        ({"DIFFSPEC_CACHE_DIR": ""}, True, False),
+        ({}, False, False),
+    ],
 )
-def test_what_switches_it_off(environment, kept, tmp_path, monkeypatch):
-    before = jax.config.jax_compilation_cache_dir
+def test_what_switches_it_off(environment, cached, kept, tmp_path, monkeypatch):
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    before = {name: jax.config.values[name] for name in names}
     for name, value in ({"DIFFSPEC_CACHE_DIR": str(tmp_path / "cache")} | environment).items():
         monkeypatch.setenv(name, value)
-    prepare_jax()
-    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_enable_compilation_cache", cached)
+    try:
+        prepare_jax()
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
     fresh_process()(2, PAIR)
-    assert (kept is not None) == (tmp_path / "cache" / "programs").exists()
-    assert kept is None or len(list((tmp_path / kept).iterdir())) == 1
+    assert (tmp_path / "cache" / "programs").exists() == kept
 
 
 COUNTED = """

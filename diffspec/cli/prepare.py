@@ -48,5 +48,5 @@ def prepare_jax() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # reading a small one takes a tenth as long
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if os.environ.get("DIFFSPEC_KEEP_PROGRAMS") != "0":
+    if jax.config.values["jax_enable_compilation_cache"] and os.environ.get("DIFFSPEC_KEEP_PROGRAMS") != "0":
         keep_programs(folder / "programs")
