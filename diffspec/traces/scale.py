@@ -1,7 +1,7 @@
 """Request logs in many files, here or in object storage, read part by part as one table.
 
 A part is some row groups of a Parquet file, some lines of a CSV file, or one JSON lines file; small ones share a
-partition. A CSV file with quotes or empty lines is one part: a line end may then lie within a cell. Workers read
+partition. A CSV file with empty lines or line ends within quotes is one part. Workers read
 partitions and send back what `requests` merges: extents of runs, then sums, sketches and gaps by window. Rows of one
 run may lie in any files, in any order. Who works is a `Runner`: this process (`in_turn`), or a cluster (`dask_runner`).
 """
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..results import InputError, TraceError
 from .formats import FORMATS, recognise, unrecognised
@@ -200,11 +202,11 @@ def _parts_of(file: Located) -> list[Part] | Problem | str:
 
 
 def _lines(file: Located, source: Source) -> list[Part] | None:
-    """Parts of a CSV file that end where lines end; None where a line may be no row: for quotes, empty lines, other
-    line ends and very long lines."""
+    """Parts of a CSV file that end where lines end; None where a line may be no row: for a line with an odd number of
+    quotes, as where a cell holds a line end, empty lines, other line ends and very long lines."""
     with source.open() as opened:
         header = opened.readline(_PIECE)
-        if b'"' in header or not header.lstrip(b"\xef\xbb\xbf").strip():
+        if header.count(b'"') % 2 or not header.lstrip(b"\xef\xbb\xbf").strip():
             return None
         parts: list[Part] = []
         start = at = len(header)
@@ -212,7 +214,8 @@ def _lines(file: Located, source: Source) -> list[Part] | None:
         while piece := opened.read(_PIECE):
             piece += b"" if piece.endswith(b"\n") else opened.readline(_PIECE)
             empty = piece.startswith((b"\n", b"\r\n")) or b"\n\n" in piece or b"\n\r\n" in piece
-            if empty or b'"' in piece or piece.count(b"\r") != piece.count(b"\r\n") or not last.endswith(b"\n"):
+            other = piece.count(b"\r") != piece.count(b"\r\n") or not last.endswith(b"\n")
+            if empty or other or not _closed(piece):
                 return None
             at += len(piece)
             rows += piece.count(b"\n") + (not piece.endswith(b"\n"))
@@ -223,6 +226,15 @@ def _lines(file: Located, source: Source) -> list[Part] | None:
     if rows:
         parts.append(Part(file, None, first, rows, (start, at)))
     return parts
+
+
+def _closed(lines: bytes) -> bool:
+    """Whether every line has an even number of quotes."""
+    if b'"' not in lines:
+        return True
+    signs = np.frombuffer(lines, np.uint8)
+    before = np.searchsorted(np.flatnonzero(signs == ord('"')), np.flatnonzero(signs == ord("\n")))
+    return not (np.append(before, lines.count(b'"')) % 2).any()
 
 
 def _row_groups(file: Located, source: Source) -> list[Part]:
