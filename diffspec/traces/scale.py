@@ -213,13 +213,10 @@ def _lines(file: Located, source: Source) -> list[Part] | None:
         first, rows, last = 0, 0, header
         while piece := opened.read(_PIECE):
             piece += b"" if piece.endswith(b"\n") else opened.readline(_PIECE)
-            empty = piece.startswith((b"\n", b"\r\n")) or b"\n\n" in piece or b"\n\r\n" in piece
-            other = piece.count(b"\r") != piece.count(b"\r\n") or not last.endswith(b"\n")
-            if empty or other or not _closed(piece):
+            found = _rows_in(piece) if last.endswith(b"\n") else None
+            if found is None:
                 return None
-            at += len(piece)
-            rows += piece.count(b"\n") + (not piece.endswith(b"\n"))
-            last = piece
+            at, rows, last = at + len(piece), rows + found, piece
             if rows >= PART_ROWS:
                 parts.append(Part(file, None, first, rows, (start, at)))
                 start, first, rows = at, first + rows, 0
@@ -228,13 +225,18 @@ def _lines(file: Located, source: Source) -> list[Part] | None:
     return parts
 
 
-def _closed(lines: bytes) -> bool:
-    """Whether every line has an even number of quotes."""
-    if b'"' not in lines:
-        return True
+def _rows_in(lines: bytes) -> int | None:
+    """How many rows some lines of CSV are; None where a line may be none (`_lines`)."""
     signs = np.frombuffer(lines, np.uint8)
-    before = np.searchsorted(np.flatnonzero(signs == ord('"')), np.flatnonzero(signs == ord("\n")))
-    return not (np.append(before, lines.count(b'"')) % 2).any()
+    ends, returns = signs == ord("\n"), signs == ord("\r")
+    starts = np.append(True, ends[:-1])
+    if (starts & (ends | returns)).any() or returns[-1] or (returns[:-1] & ~ends[1:]).any():
+        return None
+    if b'"' in lines:
+        quotes = np.flatnonzero(signs == ord('"'))
+        if (np.append(np.searchsorted(quotes, np.flatnonzero(ends)), quotes.size) % 2).any():
+            return None
+    return int(np.count_nonzero(ends)) + (not ends[-1])
 
 
 def _row_groups(file: Located, source: Source) -> list[Part]:
