@@ -72,6 +72,7 @@ def drawn():
     return eqx.tree_at(costs, base, tuple(cost * by for cost, by in zip(costs(base), spread, strict=True)))
 
 
+@pytest.mark.slow
 def test_the_tree_is_the_best_of_all(decide, brute):
     """At two loads, against every tree of up to six nodes, three deep and three wide, written out: a tree of most
     tokens per step is that of least latency up to the law of its tokens."""

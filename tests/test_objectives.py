@@ -67,6 +67,7 @@ def by_percentile(deployment):
     return optimize(deployment, **TAILS, **ASKED)
 
 
+@pytest.mark.slow
 def test_percentiles_choose_what_the_predictions_one_by_one_choose(by_percentile, predicted):
     """And their values are those of `predict`, which finds them in a program of its own. Without load the smallest p95
     of ttft is that of no speculation: the limit on the tail of tpot forbids it."""
@@ -101,6 +102,7 @@ def test_the_relaxation_lies_where_the_tail_reaches_its_limit(deployment, by_per
     assert root * 0.9999 < by_percentile["table"][0]["relaxed_draft_length"] < 1.02 * root
 
 
+@pytest.mark.slow
 def test_goodput_is_the_rate_of_simulated_requests_that_keep_their_limits(deployment):
     """Independent of the model's distribution: the simulator's requests, counted."""
     entry = optimize(deployment, objective="goodput", slo=["ttft<0.022", "tpot<0.0042"], **ASKED)["table"][1]
