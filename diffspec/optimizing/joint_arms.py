@@ -63,11 +63,15 @@ def arms_of(
             continue
         if getattr(arm.deployment.serving.step_time, "experts", None) is None:
             raise InputError(f"drafter {choice.name!r}: its model is no mixture of experts: no placement can be asked")
-        for name, table in placements.items():
-            placed = drafted._replace(serving=as_floats(routed(drafted.serving, table)))
-            drawn = None if models is None else as_floats(routed_draws(models, table))
-            found.append(arm._replace(drafted=placed, models=drawn, placement=name))
+        found += [on_placement(arm, name, table) for name, table in placements.items()]
     return found
+
+
+def on_placement(arm: Arm, name: str, table: CoverageTable) -> Arm:
+    """The drafter of an arm with the experts placed in another way."""
+    drafted = arm.drafted._replace(serving=as_floats(routed(arm.drafted.serving, table)))
+    models = None if arm.models is None else as_floats(routed_draws(arm.models, table))
+    return arm._replace(drafted=drafted, models=models, placement=name)
 
 
 def _arm(own: FittedDeployment, choice: DrafterChoice, classes, ranges: Ranges, budget, acceptance) -> Arm:

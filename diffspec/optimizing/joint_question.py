@@ -67,6 +67,11 @@ class Question(NamedTuple):
         return tuple(name for name in PERCENTILE_METRICS if name in self.looked_at)
 
     @property
+    def tailed(self) -> bool:
+        """Whether there are limits on percentiles."""
+        return any(entry.limit.percentile is not None for entry in self.limits)
+
+    @property
     def most_points(self) -> int:
         """Whole points that are evaluated one by one."""
         if any(name in PERCENTILE_METRICS for name in self.goal.metrics):

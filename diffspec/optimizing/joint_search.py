@@ -260,6 +260,11 @@ def score(arm: Arm, shapes: Shapes, goal, limits, load, points, replicas: int = 
     """Points (lengths, cap, tree) at a ``load`` [req/s] of one of ``replicas``, evaluated."""
     points = np.column_stack([points, np.full(len(points), math.log(arm.size))])
     metrics, saturated = evaluate_points(arm.drafted._replace(candidates=None), shapes, load, points)
+    return scored(points, metrics, saturated, shapes, goal, limits, replicas)
+
+
+def scored(points, metrics, saturated, shapes: Shapes, goal, limits, replicas: int) -> Scored:
+    """Points with their ``metrics`` [n, C] as :class:`Scored`."""
     found = [np.asarray(values) for values in excesses(limits, metrics, shapes.share, float(replicas))]
     worst = np.max(found, axis=0) if found else np.full(len(points), -1.0)
     cost = np.asarray(cost_of(goal, metrics, shapes))
@@ -288,7 +293,7 @@ def rounded(arm, shapes, goal, limits, load, ranges: Ranges, real: Relaxed, repl
     found = score(arm, shapes, goal, limits, load, np.asarray(points, dtype=float), replicas)
     while True:
         best = found.points[found.order[0]]
-        around = _neighbours(arm, ranges, best, count)
+        around = point_neighbours(arm, ranges, best, count)
         if not around:
             return found
         further = score(arm, shapes, goal, limits, load, np.asarray(around, dtype=float), replicas)
@@ -298,7 +303,7 @@ def rounded(arm, shapes, goal, limits, load, ranges: Ranges, real: Relaxed, repl
             return found
 
 
-def _neighbours(arm: Arm, ranges: Ranges, best: np.ndarray, count: int) -> list[list[float]]:
+def point_neighbours(arm: Arm, ranges: Ranges, best: np.ndarray, count: int) -> list[list[float]]:
     """One step in the length of one class, in the depth or the nodes of a tree, or in the cap."""
     caps, (cap, tree) = np.asarray(ranges.caps), best[count : count + 2]
     at = int(np.searchsorted(caps, cap))

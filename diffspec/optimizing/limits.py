@@ -58,6 +58,15 @@ class Limit(NamedTuple):
         """log(value/bound) for an upper limit, its negative for a lower one: > 0 where the limit is broken."""
         return self.sign * (_log(value) - math.log(self.bound))
 
+    def told(self, value: float | None) -> dict[str, float | None]:
+        """A ``value`` that breaks it as plain data: beside the ``bound``, and by which share it does (``excess``).
+
+        >>> Limit("ttft_mean", 1, 0.5).told(0.75)["excess"]
+        0.5
+        """
+        share = None if value is None else self.sign * (value / self.bound - 1.0)
+        return {"value": value, "bound": self.bound, "excess": share}
+
 
 def _log(value):
     """Of numpy's arrays without a program for each of their shapes."""

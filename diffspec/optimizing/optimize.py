@@ -243,7 +243,7 @@ def _choose(load, metrics, saturated, limits, objective, relaxed, risky) -> dict
         penalty = np.where(saturated, 1e6 + np.maximum(metrics["utilization"] - 1.0, 0.0), np.minimum(worst, 1e5))
         nearest = int(np.argmin(penalty)) if risky is None else int(np.argmax(risky[2]))
         broken: dict[str, Any] = {
-            limit.text: {"value": finite(metrics[limit.metric][nearest]), "bound": limit.bound}
+            limit.text: limit.told(finite(metrics[limit.metric][nearest]))
             for limit in limits
             if saturated[nearest] or float(limit.excess(metrics[limit.metric][nearest])) > 0
         }

@@ -59,7 +59,9 @@ def joint(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
     for entry in answer["table"]:
         for limit, broken in entry["violations"].items():
             value = significant(broken["value"])
-            yield Text(f"at {entry['load']:g} req/s {limit} fails: {value}, allowed {significant(broken['bound'])}")
+            share = broken.get("excess")
+            by = "" if share is None else f", {percent(share)} beyond it at the nearest point"
+            yield Text(f"at {entry['load']:g} req/s {limit} fails: {value}, allowed {significant(broken['bound'])}{by}")
     sizes = [entry for entry in answer["table"] if entry["drafter_size"]]
     if sizes:
         told = "; ".join(
