@@ -34,6 +34,7 @@ from diffspec.optimizing.expert_placement import (
 from diffspec.optimizing.expert_problem import INFEASIBLE, SMALL_SPACE, Point, Problem, merit_of
 from diffspec.optimizing.expert_search import relaxed_placement, routed, routed_draws
 from diffspec.optimizing.limits import check_question, parse_limit
+from diffspec.optimizing.servers import COPIES
 from diffspec.resources import memory_plan
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
@@ -194,6 +195,21 @@ def candidate_placements(
     return Placing(popularity, dict(found.values()), caps)
 
 
+def exported(answer: dict[str, Any], table: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """An ``answer`` of :func:`place_experts` beside the ``table`` of a joint decision that started from it: its
+    ``exports`` are then of the placement that was decided on, where that is one at all loads that are served."""
+    served = [entry["placed"]["physical_to_logical_map"] for entry in table if entry["feasible"] and entry["placed"]]
+    chosen = {str(slots): slots for slots in served}
+    if len(chosen) == 1:
+        (slots,) = chosen.values()
+        placement = ExpertPlacement(np.asarray(slots, dtype=int), int(answer["expert_ranks"]), int(answer["experts"]))
+        return answer | {"exports": exports(placement)}
+    if not chosen:
+        return answer
+    note = "the decisions place experts differently by load: exports are of the placement for all, of the mean request"
+    return answer | {"warnings": [*answer["warnings"], note]}
+
+
 def _placed(loads: Sequence[float], together: list[dict[str, Any]]) -> dict[str, Any]:
     same = ("max_rank_load", "load_imbalance", "physical_to_logical_map")
     at_loads = [{k: v for k, v in told.items() if k not in same} for told in together]
@@ -279,9 +295,9 @@ def with_copies(
     before = plan.kv_capacity_tokens if told is None else told
     after = max(before - tokens, 1.0)
     memory = {"copies_bytes": taken, "kv_capacity_tokens": after, "kv_capacity_tokens_without": before}
-    if told is not None:
-        deployment = dataclasses.replace(deployment, defaults=deployment.defaults | {"kv_capacity_tokens": after})
-    return deployment, memory, []
+    defaults = deployment.defaults | {COPIES: taken}
+    defaults |= {} if told is None else {"kv_capacity_tokens": after}
+    return dataclasses.replace(deployment, defaults=defaults), memory, []
 
 
 def _at_load(

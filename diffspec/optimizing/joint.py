@@ -39,6 +39,7 @@ from diffspec.optimizing.joint_experts import search_placements
 from diffspec.optimizing.joint_problem import COST, excesses
 from diffspec.optimizing.joint_question import Question, read_joint_question
 from diffspec.optimizing.joint_search import STARTS, Arm, Ranges, Scored, as_reals, excess_slopes, relaxed, score
+from diffspec.optimizing.question import MEMORY
 from diffspec.optimizing.servers import server_of
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
@@ -73,8 +74,8 @@ def optimize_jointly(
       ones are looked for at the decisions (:mod:`diffspec.optimizing.joint_experts`)
     * ``acceptance``: of drafters and classes that have none; default the deployment's own
     * ``slo``: limits on means, percentiles (``"ttft_p95<0.5"``) and throughput of all requests, on ``utilization``,
-      ``cost`` and ``energy``; classes have their own. ``"ttft<0.5"``: one that each request keeps or not, which
-      ``goodput`` counts (:mod:`diffspec.optimizing.joint_tails`)
+      ``cost``, ``energy`` and ``memory`` [GB]; classes have their own. ``"ttft<0.5"``: one that each request keeps or
+      not, which ``goodput`` counts (:mod:`diffspec.optimizing.joint_tails`)
     * ``objective``: a mean latency, a percentile of all requests, ``cost`` or ``energy`` [J] (of a million output
       tokens; equal costs are told apart by the mean e2e latency), a weighted sum of these, or ``capacity`` or
       ``goodput`` [req/s] (of all replicas, made large)
@@ -130,8 +131,8 @@ def optimize_jointly(
         searched = search_placements(asked, arms, solved, found, placements, sure, lambda what: report(what, 0.7))
         arms, solved, found = searched[:3]
     (own,) = arms_of(deployment, (), classes, ranges, acceptance or ANY, {}, **given)
-    powered = "energy" not in asked.looked_at or server_of(deployment).pair is not None
-    own = looking_at(own, tails, asked) if deployment.plain_measured and powered else None
+    powered = not asked.looked_at & {"energy", MEMORY} or server_of(deployment).pair is not None
+    own = looking_at(own, tails, asked, drafts=False) if deployment.plain_measured and powered else None
     table, varied = [], []
     for i, load in enumerate(loads):
         report(f"{load:g} req/s: the choice", 0.8 + 0.2 * i / len(loads))

@@ -47,8 +47,15 @@ class Compared(NamedTuple):
 
     def with_more(self, more: "Compared") -> "Compared":
         """These points and those of further arms."""
-        attempt, alike = (min(each, key=key_of) for each in zip(self[:2], more[:2], strict=True))
-        return Compared(attempt, alike, *(mine + theirs for mine, theirs in zip(self[2:], more[2:], strict=True)))
+        return Compared(
+            min(self.attempt, more.attempt, key=key_of),
+            min(self.alike, more.alike, key=key_of),
+            self.best + more.best,
+            self.others + more.others,
+            self.room + more.room,
+            self.broken + more.broken,
+            self.evaluated + more.evaluated,
+        )
 
 
 def key_of(one: Contender) -> tuple[float, float, float]:
