@@ -27,9 +27,10 @@ from diffspec.optimizing.expert_placement import ExpertPlacement, Placing, all_p
 from diffspec.optimizing.expert_search import routed
 from diffspec.optimizing.joint import optimize_jointly
 from diffspec.optimizing.joint_arms import arms_of
-from diffspec.optimizing.joint_draws import contenders, draw_shortlist, shortlist
+from diffspec.optimizing.joint_choice import foremost
+from diffspec.optimizing.joint_draws import Contender, contenders, draw_shortlist, shortlist
 from diffspec.optimizing.joint_problem import parse_objective, shapes_of
-from diffspec.optimizing.joint_search import Ranges, score
+from diffspec.optimizing.joint_search import Ranges, Scored, rows, score
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
 from diffspec.trees import Tree
@@ -216,6 +217,23 @@ def test_a_shortlist_of_any_length(drawn, deployment):
     last = draw_shortlist([own._replace(models=drawn)], listed[-4:], shapes, goal, (), 12.0)
     assert both.cost.shape == (16, 40) and both.cost[:, -4:] == pytest.approx(last.cost, rel=1e-12)
     assert len(contenders(0, score(own, shapes, goal, (), 12.0, points[[0, 0, 1]]))) == 2
+
+
+def test_goodputs_that_are_near_are_equal_by_their_distance():
+    """Within a part in a thousand of the most the quickest, however a grid would cut; of equal ones the fewest
+    replicas; a latency has no such room."""
+    cost = np.asarray([-1.0004, -0.99945, -0.9993, -1.5])
+    points = np.tile([[3.0, 48.0, 0.0, 0.0]], (4, 1))
+    worst, e2e = np.asarray([-1.0, -1.0, -1.0, 1.0]), np.asarray([3.0, 2.0, 1.0, 0.0])
+    metrics = {"utilization": np.full((4, 1), 0.5)}
+    served = np.zeros(4, bool)
+    for equal, best in ((1e-3, 1), (0.0, 0)):
+        found = Scored(points, metrics, cost, np.full(4, equal), worst, served, e2e, np.ones(4))
+        assert found.order[0] == best
+        each = [Contender(0, rows(found, [row])) for row in range(4)]
+        assert foremost(each) is each[best]
+        twice = found._replace(replicas=np.full(4, 2.0))
+        assert foremost([Contender(0, rows(twice, [best])), *each]) is each[best]
 
 
 def test_a_model_that_does_not_tell_has_no_intervals(decide):

@@ -174,17 +174,30 @@ def held(subject, **asked):
     return optimize(subject.deployment, server=server_of(subject), acceptance=ACCEPTANCE, **asked)
 
 
-def test_memory_is_what_lies_in_it_with_the_batch_at_its_cap(unmeasured):
-    """By hand: weights (norms, some 1e-4 of them, left out), the plan's activations and runtime, and the cache."""
+def test_memory_is_weights_activations_runtime_and_the_cache(unmeasured):
+    """By hand: weights (norms, some 1e-4 of them, left out), the plan's activations, 2 GB, and 100 requests."""
     weights, token, plan = 0.0, 0.0, unmeasured.plan
     for count, hidden, mlp, kv_heads, head, tables in ((32, 4096, 14336, 8, 128, 2), (16, 2048, 8192, 8, 64, 1)):
         layer = 2 * hidden**2 + 2 * hidden * kv_heads * head + 3 * hidden * mlp
         weights += 2.0 * (count * layer + tables * 128256 * hidden)
         token += 2.0 * count * 2 * kv_heads * head
     expected = (weights + plan.activation_bytes + 2e9 + 100.0 * 612.0 * token) / 1e9
+    use = server_of(unmeasured).memory_use(Workload(512.0, 200.0, arrival_rate=1.0), None)
+    assert_close(use.gigabytes(100.0 * 612.0, True), expected, rtol=1e-3)
+    assert_close(use.gigabytes(1e9, True), plan.usable_bytes / 1e9, rtol=1e-9)  # the cache fills what there is
+    plain = plan.verifier_bytes + plan.activation_bytes + plan.reserve_bytes + 1e4 * plan.kv_bytes_per_token
+    assert_close(use.gigabytes(1e4, False), plain / 1e9, rtol=1e-12)
+    assert_close(use.gigabytes(0.0, True, 2.0) - use.gigabytes(0.0, True), plan.drafter_bytes / 1e9, rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_a_limit_on_memory_counts_the_batch_at_its_cap(unmeasured):
+    plan = unmeasured.plan
+    weights = plan.verifier_bytes + plan.drafter_bytes + plan.activation_bytes + plan.reserve_bytes
+    token = plan.kv_bytes_per_token + plan.drafter_kv_bytes_per_token
     (kept,) = held(unmeasured, slo=["memory<60"], max_batch_size=100.0)["table"]
     exact = kept["metrics"]["memory"]
-    assert kept["draft_length"] > 0 and exact == pytest.approx(expected, rel=1e-3)
+    assert kept["draft_length"] > 0 and exact == pytest.approx((weights + 61_200.0 * token) / 1e9, rel=1e-9)
     assert kept["headroom"] == pytest.approx(1.0 - exact / 60.0, rel=1e-9)
     plain = exact - (plan.drafter_bytes + 100.0 * 612.0 * plan.drafter_kv_bytes_per_token) / 1e9
     (tight,) = held(unmeasured, slo=[f"memory<{0.5 * (plain + exact)!r}"], max_batch_size=100.0)["table"]

@@ -1,11 +1,12 @@
 """The verb `optimize` for several classes of requests and a catalogue of drafters: one joint decision for each load.
 
 Decided together: the drafter, the draft length of each class or the tree that it draws, the batch cap, how many
-replicas share the load, and which of the placements of experts. For each drafter and load the reals are found first
-(:mod:`diffspec.optimizing.constrained`, gradients through the equilibrium, a few starts side by side), then rounded,
-then improved by exact evaluation of all neighbours until none is better. Where all whole points are fewer than
-:data:`MOST_POINTS` they are evaluated too: the answer is then the best of all, and ``optimality_gap`` says how far the
-relaxed and rounded one was from it.
+replicas share the load, and where experts lie (:mod:`diffspec.optimizing.joint_experts`). For each drafter and load
+the reals are found first (:mod:`diffspec.optimizing.constrained`, gradients through the equilibrium, a few starts side
+by side), then rounded, then improved by exact evaluation of all neighbours until none is better. Where all whole points
+are fewer than :data:`MOST_POINTS` they are evaluated too: the answer is then the best of all, and ``optimality_gap``
+says how far the relaxed and rounded one was from it. Where none keeps the limits it is the nearest
+(:mod:`diffspec.optimizing.joint_choice`).
 """
 
 import math

@@ -151,8 +151,8 @@ def looking_at(arm: Arm, tails: Tails | None, asked: Question, drafts: bool = Tr
 
 
 def with_percentiles(arm: Arm, point: Scored, load: float, asked: Question) -> Scored:
-    """One point at a ``load`` [req/s] of one replica, with the percentiles looked at, of each class and of all."""
-    if not asked.percentiles:
+    """Points at a ``load`` [req/s] of one replica, with the percentiles looked at, of each class and of all."""
+    if all(of_all(metric) in point.metrics for metric in asked.percentiles):
         return point
     assert arm.drafted.tails is not None
     nothing = {"limits": (), "bounds": jnp.zeros(0), "within": (), "within_bounds": jnp.zeros((0, len(asked.classes)))}

@@ -9,6 +9,7 @@ nearest is the one with the least
     largest over the limits of log(value/bound)
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,12 +35,14 @@ NEAREST = 512
 
 class Compared(NamedTuple):
     """Points of all arms at one load: the best ``attempt`` of rounding, the best ``alike`` for all classes, the best of
-    each arm (``best``), others that come close, and those with ``room`` below the limits; ``broken``: (number of the
-    arm, points) of arms without a point that keeps limits on percentiles; ``evaluated``: how many."""
+    each arm (``best``), of a goodput those that may count as equal to it (``ties``), others that come close, and those
+    with ``room`` below the limits; ``broken``: (number of the arm, points) of arms without a point that keeps limits on
+    percentiles; ``evaluated``: how many."""
 
     attempt: Contender
     alike: Contender
     best: list[Contender]
+    ties: list[Contender]
     others: list[Contender]
     room: list[Contender]
     broken: list[tuple[int, Scored]]
@@ -48,26 +51,37 @@ class Compared(NamedTuple):
     def with_more(self, more: "Compared") -> "Compared":
         """These points and those of further arms."""
         return Compared(
-            min(self.attempt, more.attempt, key=key_of),
-            min(self.alike, more.alike, key=key_of),
+            foremost([self.attempt, more.attempt]),
+            foremost([self.alike, more.alike]),
             self.best + more.best,
+            self.ties + more.ties,
             self.others + more.others,
             self.room + more.room,
             self.broken + more.broken,
             self.evaluated + more.evaluated,
         )
 
+    @property
+    def foremost(self) -> Contender:
+        """The best of all by the model as it is."""
+        return foremost([*self.best, *self.ties])
 
-def key_of(one: Contender) -> tuple[float, float, float]:
-    """:attr:`diffspec.optimizing.joint_draws.Contender.key`, to compare by."""
-    return one.key
+
+def foremost(listed: Sequence[Contender]) -> Contender:
+    """The best: of costs that count as equal to the least the smallest mean e2e latency, then the fewest replicas."""
+    least = min(listed, key=lambda one: one.key)
+    if least.broken or least.point.saturated[0]:
+        return least
+    most = float(least.point.cost[0] + least.point.equal[0])
+    near = [one for one in listed if one is least or (one.keeps and one.point.cost[0] <= most)]
+    return min(near, key=lambda one: (*(one.key[1:] if least.point.equal[0] else ()), one.key))
 
 
 def compared(asked: Question, i: int, arms: list[Arm], solved, sure: bool, start: int = 0) -> Compared:
     """Every arm from number ``start`` on at every number of replicas at one load."""
     count, evaluated, load = len(asked.classes), 0, asked.loads[i]
     question = (asked.shapes, asked.goal, asked.limits)
-    attempts, common, best, others, room, broken = [], [], [], [], [], []
+    attempts, common, best, ties, others, room, broken = [], [], [], [], [], [], []
     for place, replicas in enumerate(asked.replicas):
         for number in range(start, len(arms)):
             arm, solution = arms[number], solved[number]
@@ -82,17 +96,17 @@ def compared(asked: Question, i: int, arms: list[Arm], solved, sure: bool, start
                 found = score(arm, *question, load / replicas, asked.ranges.whole(arm, count), replicas)
                 evaluated += len(found.points)
             best.append(Contender(number, first(found)))
+            ties += contenders(number, found) if asked.goal.flat else []
             others += contenders(number, found) if sure else []
             room += roomiest(number, found) + contenders(number, alike) if asked.risk is not None else []
             if asked.tailed and best[-1].broken:
                 broken.append((number, rows(found, found.order[:NEAREST])))
-    attempt, alike = (min(each, key=key_of) for each in (attempts, common))
-    return Compared(attempt, alike, best, others, room, broken, evaluated)
+    return Compared(foremost(attempts), foremost(common), best, ties, others, room, broken, evaluated)
 
 
 def best_of(asked: Question, load: float, arms: list[Arm], found: Compared) -> Contender:
     """The best point by the model as it is; the nearest where none keeps the limits."""
-    best = min(found.best, key=key_of)
+    best = found.foremost
     if not (asked.tailed and best.broken):
         return best
     near = []
@@ -131,8 +145,9 @@ def surely(
     if at_risk is None:
         chosen = names.index(best.same)
     else:
-        levels = np.round(at_risk / EQUAL) if asked.goal.flat else at_risk
-        chosen = min(candidates, key=lambda n: (levels[n], listed[n].key))
+        equal = EQUAL if asked.goal.flat else 0.0
+        level = np.where(at_risk <= np.min(at_risk[candidates]) + equal, -np.inf, at_risk)
+        chosen = min(candidates, key=lambda n: (level[n], *(listed[n].key[1:] if equal else ()), listed[n].key))
     winner = listed[chosen]
     placed = asked.replicas.index(int(winner.point.replicas[0]))
     base = names.index(baseline[placed].same) if baseline else None

@@ -37,7 +37,7 @@ from diffspec.optimizing.expert_problem import (
 from diffspec.optimizing.expert_search import Pressure, pressure_of, routed
 from diffspec.optimizing.joint_answer import value_of
 from diffspec.optimizing.joint_arms import on_placement
-from diffspec.optimizing.joint_choice import Compared, compared, key_of
+from diffspec.optimizing.joint_choice import Compared, compared, foremost
 from diffspec.optimizing.joint_draws import Contender
 from diffspec.optimizing.joint_problem import FEW, cost_of, evaluate_draws, excesses, predicted
 from diffspec.optimizing.joint_question import Question
@@ -47,6 +47,9 @@ from diffspec.optimizing.limits import beyond
 ROUNDS = 3
 MOST_DECISIONS = 4 * FEW
 """Whole points of a drafter up to which all are looked at with every placement; above it the best and those beside."""
+STARTS = 3
+"""Placements that the local search starts from, the best ones: it is within some parts in a thousand of the best of all
+where that was looked for (tests/test_joint_wide.py)."""
 BETTER = 1e-7
 """By how much, relatively, a placement must better the objective to be offered."""
 PRESSED = 3
@@ -149,7 +152,7 @@ def search_placements(
 ) -> Searched:
     """Further placements, each found at a decision of these ``arms`` and offered to every drafter at every load."""
     arms, solved, known = list(arms), list(solved), dict(placing.placements)
-    best = [min(one.best, key=key_of).point for one in found]
+    best = [one.foremost.point for one in found]
     before = [None if one.rank[0] >= _BROKEN else finite(value_of(asked.goal, float(one.cost[0]))) for one in best]
     if placing.caps is None:
         return Searched(arms, solved, found, known, before)
@@ -163,7 +166,7 @@ def search_placements(
     for number in range(ROUNDS):
         new: dict[str, ExpertPlacement] = {}
         for i, load in enumerate(asked.loads):
-            chosen = min(found[i].best, key=key_of)
+            chosen = found[i].foremost
             at = (i, arms[chosen.arm].name, *chosen.same[1:])
             if at in seen:
                 continue
@@ -202,7 +205,7 @@ def _decisions(
     found, own = [], int(chosen.point.replicas[0])
     for replicas in asked.replicas:
         here = [one for one in best if arms[one.arm].name == arm.name and int(one.point.replicas[0]) == replicas]
-        point = (chosen if replicas == own else min(here, key=key_of)).point.points[0, :-1]
+        point = (chosen if replicas == own else foremost(here)).point.points[0, :-1]
         beside = point_neighbours(arm, asked.ranges, point, count) if replicas == own else []
         found.append((replicas, np.asarray([point, *beside], dtype=float)))
     return tuple(found)
@@ -218,6 +221,7 @@ def _better(
         found = problem.best_of_all(every, start.placement.ranks, caps)
     else:
         within = [point for point in points if problem.keeps(point.placement, caps)]
-        found = problem.search(min(within or points, key=merit_of), caps)
+        starts = sorted(within or points, key=merit_of)[:STARTS]
+        found = min([problem.search(one, caps) for one in starts], key=merit_of)
     kept = problem.keeps(found.placement, caps)
     return found.placement if kept and found.best < start.best - BETTER * max(1.0, abs(start.best)) else None
