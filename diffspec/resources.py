@@ -1,7 +1,7 @@
 """Memory and energy of a verifier and its drafter: does the pair fit, how many sequences, how many joules a token."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -45,6 +45,35 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
+
+
+class MemoryUse(NamedTuple):
+    """What lies in the memory of one of the verifier's devices while it serves:
+
+        memory [GB] = (weights + activations + runtime + tokens*kv bytes
+                       + where it drafts: drafter weights*drafter_scale + tokens*drafter kv bytes) / 1e9
+        tokens = min(tokens of the requests in flight, what the KV cache holds)
+
+    ``fixed`` [B]: weights of the verifier, copies of experts among them, activations and the runtime; ``drafter`` [B];
+    ``token``, ``drafter_token`` [B/tok]: of a cached token; ``most_tokens`` [tok]: what the cache holds. A full cache
+    is :attr:`MemoryPlan.usable_bytes`; a drafter on a device of its own takes nothing here.
+    """
+
+    fixed: Scalar
+    drafter: Scalar
+    token: Scalar
+    drafter_token: Scalar
+    most_tokens: Scalar
+
+    def gigabytes(self, tokens: Scalar, drafts: Any, drafter_scale: Scalar = 1.0):
+        """Memory in use [GB, of 1e9 B] with so many ``tokens`` [tok] in flight; ``drafts``: whether any request does.
+
+        >>> float(MemoryUse(17e9, 2e9, 1e5, 3e4, 4e5).gigabytes(1e5, True))
+        32.0
+        """
+        drafting = jnp.where(drafts, 1.0, 0.0)
+        held = jnp.minimum(tokens, self.most_tokens) * (self.token + drafting * self.drafter_token)
+        return (self.fixed + drafting * self.drafter * drafter_scale + held) / 1e9
 
 
 def activation_bytes(model: Transformer, batched_tokens: float, devices: int = 1) -> float:

@@ -24,7 +24,7 @@ from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.forms import Scales, build_form
 from diffspec.hardware import accelerator
 from diffspec.optimizing import expert_search
-from diffspec.optimizing.expert_balance import place_experts, place_unmeasured
+from diffspec.optimizing.expert_balance import exported, place_experts, place_unmeasured
 from diffspec.optimizing.expert_placement import (
     ExpertPlacement,
     all_placements,
@@ -472,6 +472,23 @@ def test_conflicts_limits_and_saturation_are_told(small):
     assert answer["outcome"] == "infeasible" and answer["table"][0]["chosen"]["draft_length"] is None
     assert "keeps the limits" in answer["table"][0]["words"]
     json.dumps(answer, allow_nan=False)
+
+
+def test_what_a_joint_decision_places_is_exported_where_it_is_one(small):
+    """That of every load that is served; where each has another, the one for all stays, and that is said."""
+    *_, answer = small
+    one, two = (
+        {"placed": {"physical_to_logical_map": [slots]}} for slots in ([0, 1, 2, 3, 4, 5, 0, 1], [*range(6), 2, 3])
+    )
+    served, lost = {"feasible": True}, {"feasible": False}
+    told = exported(answer, [one | served, two | lost, one | served])
+    location = told["exports"]["sglang"]["init_expert_location"]
+    assert (
+        location == {"physical_to_logical_map": [[0, 1, 2, 3, 4, 5, 0, 1]]} and told["warnings"] == answer["warnings"]
+    )
+    told = exported(answer, [one | served, two | served])
+    assert told["exports"] == answer["exports"] and "differently by load" in told["warnings"][-1]
+    assert exported(answer, [{"placed": None} | served, one | lost]) == answer
 
 
 def test_what_cannot_be_placed_is_named():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -146,11 +147,25 @@ def test_goodput_counts_requests_that_keep_the_limits_of_all_and_of_their_class(
     )
 
 
-def test_what_cannot_be_kept_is_told_with_its_percentile(deployment):
+def test_what_cannot_be_kept_is_nearest_by_its_percentile(deployment, every):
+    """By brute force over all whole points."""
     answer = decide(deployment, bounds=[(), ["ttft_p95<0.001"]])
-    (broken,) = answer["table"][0]["violations"].items()
+    (entry,) = answer["table"]
+    (broken,) = entry["violations"].items()
+    least = min(every, key=lambda row: row[3])
     assert answer["outcome"] == "infeasible" and broken[0] == "code: ttft_p95<0.001"
-    assert broken[1]["bound"] == 0.001 and broken[1]["value"] > 0.01
+    assert tuple(entry["draft_lengths"].values()) == least[0]
+    assert broken[1]["bound"] == 0.001 and broken[1]["value"] == pytest.approx(least[3], rel=1e-9)
+    assert broken[1]["excess"] == pytest.approx(least[3] / 0.001 - 1.0, rel=1e-9)
+
+
+@pytest.mark.slow
+def test_the_nearest_by_a_percentile_is_not_that_of_the_smallest_tail(deployment, every):
+    """Nearly every request takes longer than 0.3 s, and the share of those that do tells another point."""
+    (entry,) = decide(deployment, slo=["e2e_p95<0.3"])["table"]
+    least = min(every, key=lambda row: row[2])
+    assert tuple(entry["draft_lengths"].values()) == least[0]
+    assert entry["violations"]["e2e_p95<0.3"]["value"] == pytest.approx(least[2], rel=1e-9)
 
 
 @pytest.mark.slow
@@ -177,6 +192,8 @@ def test_a_chain_as_long_as_the_cap_knows_any_batch(deployment):
         ({"objective": "goodput+e2e_mean"}, "objective: got 'goodput'"),
         ({"objective": "goodput", "slo": ["ttft>0.5"]}, "allowed: an upper limit"),
         ({"slo": ["e2e_p95>0.5"]}, "a percentile is limited from above"),
+        ({"slo": ["memory<72"]}, "memory: neither the fit nor the question"),
+        ({"slo": ["memory>72"]}, "memory is limited from above, in GB"),
     ],
 )
 def test_what_means_nothing_is_refused(deployment, asked, sentence):
@@ -222,6 +239,39 @@ def test_energy_of_classes_that_are_alike_is_that_of_one_workload():
     (entry,), (expected,) = optimize_jointly(subject.deployment, classes=halves, **asked)["table"], alone["table"]
     assert entry["common"]["draft_length"] == expected["draft_length"]
     assert entry["common"]["objective"] == pytest.approx(expected["metrics"]["energy"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_memory_bounds_the_batch_cap_and_has_a_price():
+    """Two classes whose requests hold 400 tokens each: memory by hand, the largest cap that keeps it, its shadow price
+    by differences of the relaxed optimum, and how far the nearest point is from an impossible limit."""
+    verifier, drafter = (read_architecture(CONFIGS / f"llama-3.{name}.json") for name in ("1-8b", "2-1b"))
+    subject = before_traces(FirstPrinciples(verifier, accelerator("h100"), drafter))
+    rate, plan = ConstantAcceptance(0.8), subject.plan
+    classes = (
+        RequestClass("a", 0.7, 300.0, 200.0, acceptance=rate),
+        RequestClass("b", 0.3, 350.0, 100.0, acceptance=rate),
+    )
+
+    def decided(bound):
+        asked = {"loads": [20.0], "batch_caps": (8.0, 16.0, 32.0, 64.0), "max_draft_length": 3}
+        return optimize_jointly(subject.deployment, classes=classes, slo=[f"memory<{bound!r}"], **asked)["table"][0]
+
+    def gigabytes(cap):
+        weights = plan.verifier_bytes + plan.drafter_bytes + plan.activation_bytes + plan.reserve_bytes
+        return (weights + cap * 400.0 * (plan.kv_bytes_per_token + plan.drafter_kv_bytes_per_token)) / 1e9
+
+    bound = gigabytes(36.5)  # at a whole cap waiting has a kink
+    entry, free = decided(bound), decided(80.0)
+    assert entry["max_batch_size"] == 32.0 < free["max_batch_size"] and entry["objective"] > free["objective"]
+    assert entry["metrics"]["all"]["memory"] == pytest.approx(gigabytes(32.0), rel=1e-9)
+    assert entry["relaxed"]["max_batch_size"] == pytest.approx(36.5, rel=1e-3)
+    low, high = (decided(bound * factor)["relaxed"]["objective"] for factor in (0.999, 1.001))
+    (price,) = entry["shadow_prices"]
+    assert price["active"] and price["elasticity"] == pytest.approx(math.log(low / high) / 0.002, rel=0.1)
+    broken = decided(15.0)["violations"]["memory<15"]
+    assert broken["value"] > gigabytes(8.0) - (plan.drafter_bytes + 1e9) / 1e9 > 15.0
+    assert broken["excess"] == pytest.approx(broken["value"] / 15.0 - 1.0, rel=1e-9)
 
 
 def test_on_the_command_line(deployment, limited, tmp_path, capsys):

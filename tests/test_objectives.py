@@ -67,6 +67,7 @@ def by_percentile(deployment):
     return optimize(deployment, **TAILS, **ASKED)
 
 
+@pytest.mark.slow
 def test_percentiles_choose_what_the_predictions_one_by_one_choose(by_percentile, predicted):
     """And their values are those of `predict`, which finds them in a program of its own. Without load the smallest p95
     of ttft is that of no speculation: the limit on the tail of tpot forbids it."""
@@ -101,6 +102,7 @@ def test_the_relaxation_lies_where_the_tail_reaches_its_limit(deployment, by_per
     assert root * 0.9999 < by_percentile["table"][0]["relaxed_draft_length"] < 1.02 * root
 
 
+@pytest.mark.slow
 def test_goodput_is_the_rate_of_simulated_requests_that_keep_their_limits(deployment):
     """Independent of the model's distribution: the simulator's requests, counted."""
     entry = optimize(deployment, objective="goodput", slo=["ttft<0.022", "tpot<0.0042"], **ASKED)["table"][1]
@@ -133,10 +135,9 @@ def test_risk_looks_at_the_draws_of_a_percentile(deployment, by_percentile):
     assert by_percentile["intervals"]["draws"] == 32
 
 
-def test_energy_and_cost_of_a_closed_loop():
+def test_energy_and_cost_of_a_closed_loop(unmeasured):
     """The least energy by brute force; cost is the price over the throughput; what is cheap is what serves most."""
-    verifier, drafter = (read_architecture(CONFIGS / f"llama-3.{name}.json") for name in ("1-8b", "2-1b"))
-    subject = before_traces(FirstPrinciples(verifier, accelerator("h100"), drafter))
+    subject = unmeasured
     closed = {"prompt_length": 512.0, "output_length": 200.0, "loads": [1.0, 64.0], "loop": "concurrency"}
     closed |= {"max_draft_length": 3, "acceptance": ACCEPTANCE}
     frugal = optimize_unmeasured(subject, objective="energy", slo=["cost<9"], cost_per_hour=2.0, **closed)
@@ -160,6 +161,64 @@ def test_energy_and_cost_of_a_closed_loop():
         for objective in ("cost", "throughput")
     )
     assert [entry["draft_length"] for entry in cheap] == [entry["draft_length"] for entry in most]
+
+
+@pytest.fixture(scope="module")
+def unmeasured():
+    """Llama 8B with a 1B drafter on an H100."""
+    verifier, drafter = (read_architecture(CONFIGS / f"llama-3.{name}.json") for name in ("1-8b", "2-1b"))
+    return before_traces(FirstPrinciples(verifier, accelerator("h100"), drafter))
+
+
+def held(subject, **asked):
+    """The choice under a limit on memory, with 712 tokens of each request, 612 while it runs."""
+    asked = {"prompt_length": 512.0, "output_length": 200.0, "loads": [4.0], "max_draft_length": 3} | asked
+    return optimize(subject.deployment, server=server_of(subject), acceptance=ACCEPTANCE, **asked)
+
+
+def test_memory_is_weights_activations_runtime_and_the_cache(unmeasured):
+    """By hand: weights (norms, some 1e-4 of them, left out), the plan's activations, 2 GB, and 100 requests."""
+    weights, token, plan = 0.0, 0.0, unmeasured.plan
+    for count, hidden, mlp, kv_heads, head, tables in ((32, 4096, 14336, 8, 128, 2), (16, 2048, 8192, 8, 64, 1)):
+        layer = 2 * hidden**2 + 2 * hidden * kv_heads * head + 3 * hidden * mlp
+        weights += 2.0 * (count * layer + tables * 128256 * hidden)
+        token += 2.0 * count * 2 * kv_heads * head
+    expected = (weights + plan.activation_bytes + 2e9 + 100.0 * 612.0 * token) / 1e9
+    use = server_of(unmeasured).memory_use(Workload(512.0, 200.0, arrival_rate=1.0), None)
+    assert_close(use.gigabytes(100.0 * 612.0, True), expected, rtol=1e-3)
+    assert_close(use.gigabytes(1e9, True), plan.usable_bytes / 1e9, rtol=1e-9)  # the cache fills what there is
+    plain = plan.verifier_bytes + plan.activation_bytes + plan.reserve_bytes + 1e4 * plan.kv_bytes_per_token
+    assert_close(use.gigabytes(1e4, False), plain / 1e9, rtol=1e-12)
+    assert_close(use.gigabytes(0.0, True, 2.0) - use.gigabytes(0.0, True), plan.drafter_bytes / 1e9, rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_a_limit_on_memory_counts_the_batch_at_its_cap(unmeasured):
+    plan = unmeasured.plan
+    weights = plan.verifier_bytes + plan.drafter_bytes + plan.activation_bytes + plan.reserve_bytes
+    token = plan.kv_bytes_per_token + plan.drafter_kv_bytes_per_token
+    (kept,) = held(unmeasured, slo=["memory<60"], max_batch_size=100.0)["table"]
+    exact = kept["metrics"]["memory"]
+    assert kept["draft_length"] > 0 and exact == pytest.approx((weights + 61_200.0 * token) / 1e9, rel=1e-9)
+    assert kept["headroom"] == pytest.approx(1.0 - exact / 60.0, rel=1e-9)
+    plain = exact - (plan.drafter_bytes + 100.0 * 612.0 * plan.drafter_kv_bytes_per_token) / 1e9
+    (tight,) = held(unmeasured, slo=[f"memory<{0.5 * (plain + exact)!r}"], max_batch_size=100.0)["table"]
+    assert tight["draft_length"] == 0 and tight["metrics"]["memory"] == pytest.approx(plain, rel=1e-12)
+    broken = held(unmeasured, slo=["memory<20"], max_batch_size=100.0)
+    assert broken["outcome"] == "infeasible" and broken["table"][0]["nearest_draft_length"] == 0
+    excess = pytest.approx(plain / 20.0 - 1.0)
+    assert broken["infeasible"] == {"memory<20": {"value": pytest.approx(plain), "bound": 20.0, "excess": excess}}
+
+
+@pytest.mark.slow
+def test_memory_without_a_cap_is_that_of_a_full_cache_and_a_loop_has_no_more_in_flight(unmeasured):
+    plan = unmeasured.plan
+    (full,) = held(unmeasured, slo=["memory<99"])["table"]
+    assert full["metrics"]["memory"] == pytest.approx(plan.usable_bytes / 1e9, rel=1e-9)
+    (loop,) = held(unmeasured, slo=["memory<99"], loop="concurrency", loads=[10.0], max_batch_size=100.0)["table"]
+    weights = plan.verifier_bytes + plan.drafter_bytes + plan.activation_bytes + plan.reserve_bytes
+    tokens = 10.0 * 612.0 * (plan.kv_bytes_per_token + plan.drafter_kv_bytes_per_token)
+    assert loop["draft_length"] > 0 and loop["metrics"]["memory"] == pytest.approx((weights + tokens) / 1e9, rel=1e-9)
 
 
 def test_a_goodput_that_no_request_counts_for_is_infeasible(deployment):
@@ -188,6 +247,9 @@ def test_the_same_limit_twice_is_one_and_equals_are_equal():
         ({"objective": "cost", "cost_per_hour": 1.0}, "diffspec size"),
         ({"slo": ["cost<5"]}, "no price is known"),
         ({"objective": "energy"}, "neither the fit nor the question"),
+        ({"slo": ["memory<72"]}, "allowed: with --verifier config.json and --hardware NAME"),
+        ({"slo": ["memory>72"]}, "memory is limited from above, in GB"),
+        ({"objective": "memory"}, "objective: got 'memory'"),
         ({"objective": "tpot_mean", "output_length": 1.0}, "no time per token after the first"),
         ({"slo": ["tpot_p95<1"], "output_length": 1.0}, "no time per token after the first"),
     ],

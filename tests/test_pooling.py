@@ -49,6 +49,7 @@ def siblings(folder):
     return model
 
 
+@pytest.mark.slow
 def test_five_rows_and_their_siblings_beat_five_rows(siblings, folder):
     """Held out: other rates and draft lengths 0, 1 and 5, where five rows of draft length 3 know nothing."""
     new = varied(11)

@@ -311,6 +311,35 @@ def test_memory_caps_the_batch_and_what_does_not_fit_is_said(planned):
     assert answer["memory"]["fits"] and answer["recommended"]["hardware"] == "h100"
 
 
+@pytest.mark.slow
+def test_a_limit_on_memory_leaves_the_candidates_that_keep_it(planned):
+    """Those of the answer without it whose weights and cache at the cap, by their plans, are below it; and, where none
+    is, the one that takes least."""
+    subjects, free = planned
+    plans = {(one.pair.hardware.name, one.pair.tensor_parallel): server_of(one) for one in subjects}
+
+    def gigabytes(entry):
+        server = plans[entry["hardware"], entry["tensor_parallel"]]
+        plan = server.plan if entry["draft_length"] else server.plain_plan
+        tokens = min(entry["max_batch_size"] * 612.0, plan.kv_capacity_tokens)
+        held = tokens * (plan.kv_bytes_per_token + plan.drafter_kv_bytes_per_token)
+        return (plan.verifier_bytes + plan.drafter_bytes + plan.activation_bytes + plan.reserve_bytes + held) / 1e9
+
+    asked = PLANNED | {"target_rate": 100.0}
+    bound = float(np.median([gigabytes(entry) for entry in free["candidates"]]))
+    found = size(subjects, slo=["tpot_mean<0.1", f"memory<{bound!r}"], **asked)
+    names = ("hardware", "tensor_parallel", "draft_length", "max_batch_size")
+    kept = {tuple(one[name] for name in names) for one in free["candidates"] if gigabytes(one) <= bound * (1 + 1e-12)}
+    assert {tuple(one[name] for name in names) for one in found["candidates"]} == kept
+    assert found["recommended"]["metrics"]["memory"] == pytest.approx(gigabytes(found["recommended"]), rel=1e-9)
+    none = size(subjects, slo=["memory<5", "tpot_mean<0.1"], **asked)
+    told = none["infeasible"]["limits"]["memory<5"]
+    least = min(gigabytes(entry) for entry in free["candidates"])
+    assert none["outcome"] == "infeasible" and told["value"] == pytest.approx(least, rel=1e-9)
+    assert told["excess"] == pytest.approx(least / 5.0 - 1.0, rel=1e-9)
+    json.dumps([found, none], allow_nan=False)
+
+
 def test_a_pair_that_fits_nowhere_is_an_answer(planned, pair):
     small = replace(accelerator("l4"), memory_bytes=8e9)
     found = size(before_traces(replace(pair(), hardware=small)), target_rate=1.0, slo=["tpot_mean<1"], **PLANNED)

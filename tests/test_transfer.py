@@ -331,6 +331,7 @@ def test_a_pair_that_does_not_fit_ends_with_1(tmp_path):
     assert answer["memory"]["missing_bytes"] == pytest.approx(75.8e9, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_fit_starts_from_first_principles_and_moves(measured):
     folder, answer = measured
     deployment = answer["deployments"][0]

@@ -252,6 +252,7 @@ def test_a_side_that_the_rows_do_not_bound_is_open(tmp_path):
     assert float(deployment.serving.step_time.weight_read) < told["high"] < 1.5 * launches_too
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_is_measured_at_unseen_loads_and_draft_lengths(model, tmp_path):
     rows = reference_rows(SERVER, (2.0, 3.0, 6.0, 10.0, 14.0, 18.0), (0, 1, 3, 4, 5), 0.8, NOISE)
     metrics = evaluate(model, trace_of(rows, tmp_path / "unseen.csv"))["metrics"]

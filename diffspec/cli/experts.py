@@ -9,8 +9,8 @@ import typer
 
 if TYPE_CHECKING:
     from diffspec.analysis.before_traces import Unmeasured
-    from diffspec.experts import CoverageTable
     from diffspec.fitting.deployment import FittedDeployment
+    from diffspec.optimizing.expert_placement import Placing
 
 _PANEL = "Placement of experts"
 
@@ -88,10 +88,10 @@ class ExpertOptions:
         unmeasured, answer = place_unmeasured(unmeasured, routes, **given, **asked)
         return unmeasured.deployment, unmeasured, answer
 
-    def candidates(self, deployment: "FittedDeployment", answer: dict[str, Any] | None) -> "dict[str, CoverageTable]":
-        """The placements that a joint decision compares; none without ``--experts``."""
-        if answer is None or self.experts is None:
-            return {}
+    def candidates(self, deployment: "FittedDeployment", answer: dict[str, Any] | None) -> "Placing | None":
+        """The placements that a joint decision starts from; None without ``--experts``, or where nothing fits."""
+        if answer is None or self.experts is None or not answer["table"]:
+            return None
         from diffspec.optimizing.expert_balance import candidate_placements
         from diffspec.traces.routing import read_routing
 

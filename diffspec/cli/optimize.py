@@ -37,7 +37,8 @@ def command(
     placing: ExpertOptions,
     max_draft_length: MaxDraftLength = 8,
     slo: Annotated[
-        list[str] | None, typer.Option("--slo", metavar='"METRIC<X"', help="A limit in s or req/s; repeat for more.")
+        list[str] | None,
+        typer.Option("--slo", metavar='"METRIC<X"', help="A limit in s, req/s or GB; repeat for more."),
     ] = None,
     objective: Objective = "e2e_mean",
     capture_sizes: CaptureSizes = None,
@@ -57,14 +58,16 @@ def command(
     Example: diffspec optimize model.json --arrival-rate 0.5:6:0.5 --max-draft-length 8 --slo "ttft_mean<0.5"
 
     Objectives and limits: ttft_mean, tpot_p95 and their like, throughput, energy and cost (of a million output tokens;
-    cost with --cost-per-hour), utilization as a limit, and goodput: the requests per second that keep limits on single
+    cost with --cost-per-hour), utilization and memory (GB of a device with the batch at its cap; with --verifier and
+    --hardware) as limits, and goodput: the requests per second that keep limits on single
     ones, such as --slo "ttft<0.5" --slo "tpot<0.03" --objective goodput.
 
     Before any trace, or on other hardware: --verifier and --hardware as predict takes them. With --classes, --drafters,
     --batch-caps or --replicas the drafter, the draft length of each class or the tree, the batch cap and how many
     replicas share the load are decided together at each load; capacity is an objective then, too.
     Of a folder of models (fit --fleet) the best draft length of each is found at once.
-    With --experts it also places a mixture's experts on --expert-ranks, together with the draft length.
+    With --experts it also places a mixture's experts on --expert-ranks, together with the draft length or with all
+    that is decided.
     """
     if joint.template:
         joint.print_template()
@@ -176,6 +179,9 @@ def _jointly(
         question["placements"] = placing.candidates(deployment, placed)
         answer, notes = joint.decide(deployment, asked, half(progress, share, 1.0), **question)
     if placed is not None:
+        from diffspec.optimizing.expert_balance import exported
+
+        placed = exported(placed, answer["table"])
         answer |= {"experts": placed, "warnings": answer["warnings"] + placed["warnings"]}
     if unmeasured is not None:
         answer |= unmeasured.told()

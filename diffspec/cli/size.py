@@ -35,7 +35,9 @@ def command(
     slo: Annotated[
         list[str] | None,
         typer.Option(
-            "--slo", metavar='"METRIC<X"', help="An upper limit, such as ttft_p95<0.5 or tpot_mean<0.05; repeatable."
+            "--slo",
+            metavar='"METRIC<X"',
+            help="An upper limit, such as ttft_p95<0.5, tpot_mean<0.05 or memory<72 (GB); repeatable.",
         ),
     ] = None,
     headroom: Annotated[

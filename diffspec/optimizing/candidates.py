@@ -12,19 +12,20 @@ from diffspec.analysis.plain import finite
 from diffspec.lengths import Lengths
 from diffspec.optimizing.lanes import Lanes, asked_of, evaluate, join, limited_values
 from diffspec.optimizing.limits import Limit
-from diffspec.optimizing.servers import MILLION, Server, batch_caps, hours_per_million, joules_per_token
+from diffspec.optimizing.question import MEMORY
+from diffspec.optimizing.servers import MILLION, NO_PAIR, Server, batch_caps, hours_per_million, joules_per_token
 from diffspec.percentiles import states_for
 from diffspec.results import InputError
 from diffspec.workload import Workload
 
 MEANS = ("ttft_mean", "itl_mean", "tpot_mean", "e2e_mean", "utilization")
 SPEND = {"cost": "cost", "device_hours": "device_hours", "energy": "energy"}
-NO_ENERGY = "neither the fit nor the question names a verifier's config and its hardware"
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """``lanes`` with the place of each one's server, its draft length and its batch cap [req]."""
+    """``lanes`` with the place of each one's server, its draft length and its batch cap [req]; ``memory`` [GB] in use
+    on a device of each, where it is asked for."""
 
     servers: Sequence[Server]
     prices: Sequence[float | None]
@@ -33,6 +34,7 @@ class Candidates:
     server: list[int]
     draft_length: list[int]
     cap: list[float]
+    memory: np.ndarray | None = None
 
     def told(self, place: int) -> dict[str, Any]:
         """What a candidate is, as plain data."""
@@ -104,13 +106,15 @@ class Candidates:
         devices serve most."""
         serve = [place for place, entry in enumerate(sized) if entry["replicas"] is not None]
         if any(sized[place][SPEND[aim]] is None for place in serve):
-            raise InputError(f"minimise: got {aim!r}, which is not known of every candidate: {NO_ENERGY}")
+            raise InputError(f"minimise: got {aim!r}, which is not known of every candidate: {NO_PAIR}")
         return sorted(serve, key=lambda place: (sized[place][SPEND[aim]], -sized[place]["rate_per_device"]))
 
     def at_limits(self, place: int, metrics: Sequence[str], rate: float) -> dict[str, float | None]:
         """The limited metrics of one candidate at an arrival rate."""
-        found = limited_values(self.lanes.take([place]), list(dict.fromkeys(metrics)), np.asarray([rate]))
-        return {name: finite(value[0]) for name, value in found.items()}
+        names = [name for name in dict.fromkeys(metrics) if name != MEMORY]
+        found = limited_values(self.lanes.take([place]), names, np.asarray([rate]))
+        told = {name: finite(value[0]) for name, value in found.items()}
+        return told if self.memory is None else told | {MEMORY: float(self.memory[place])}
 
 
 def candidates(
@@ -140,10 +144,18 @@ def candidates(
         raise InputError(
             "subjects: got deployments of several kinds; allowed: one pair, or one fit, on several devices"
         )
+    memory = None
+    if MEMORY in metrics:
+        budget = ask["max_batched_tokens"]
+        each = zip(at, configs, strict=True)
+        memory = np.asarray([servers[number].gigabytes(workload, config, budget) for (number, *_), config in each])
     lengths = Lengths.lognormal(float(workload.output_scv))
     states = states_for(max(cap for _, _, cap in at), 0.0)
-    lanes = join(models, [workload] * len(at), configs, lengths, states, asked_of(metrics))
-    return Candidates(servers, priced, workload, lanes, *(list(column) for column in zip(*at, strict=True)))
+    lanes = join(
+        models, [workload] * len(at), configs, lengths, states, asked_of([name for name in metrics if name != MEMORY])
+    )
+    number, length, cap = (list(column) for column in zip(*at, strict=True))
+    return Candidates(servers, priced, workload, lanes, number, length, cap, memory)
 
 
 def replicas_of(rate: float, target: float, headroom: float) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from diffspec.acceptance import ConstantAcceptance
 from diffspec.optimizing.candidates import Candidates
 from diffspec.optimizing.lanes import join, largest_rates
-from diffspec.optimizing.limits import Limit
+from diffspec.optimizing.limits import Limit, of_rate
 from diffspec.results import InputError
 
 KNOBS = ("prompt_length", "acceptance_rate")
@@ -62,7 +62,12 @@ def capacity_curve(
             workloads.append(load)
     lanes = join(models, workloads, configs, *pool.lanes[3:])
     fits = np.asarray([server.fits(length) for length in lengths])
-    rates = largest_rates(lanes, limits).rate.reshape(len(values), len(lengths)) * fits
+    rated, most = of_rate(limits)
+    rates = largest_rates(lanes, rated).rate.reshape(len(values), len(lengths)) * fits
+    if most < np.inf:
+        each = zip(workloads, configs, strict=True)
+        held = np.asarray([server.gigabytes(load, config, budget) for load, config in each]).reshape(rates.shape)
+        rates = np.where(held <= most, rates, 0.0)
     best = []
     for value, row in zip(values, rates, strict=True):
         top = int(np.argmax(row))

@@ -2,8 +2,10 @@
 differentiable at real ones.
 
     cost per million output tokens = price of an hour * 1e6 / (3600 * throughput * output_length)
+    memory: that of :class:`diffspec.resources.MemoryUse`, tokens = in flight*(prompt + output*(1 + output_scv)/2)
 
-Energy is :func:`diffspec.optimizing.servers.joules`', per million output tokens.
+In flight are as many requests as the batch cap allows, and no more than a closed loop has. Energy is
+:func:`diffspec.optimizing.servers.joules`', per million output tokens.
 """
 
 import json
@@ -19,11 +21,10 @@ from diffspec.analysis.plain import few_sizes, padded_rows
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.first_principles import FirstPrinciples
 from diffspec.lengths import Lengths
-from diffspec.optimizing.candidates import NO_ENERGY
 from diffspec.optimizing.limits import costs
-from diffspec.optimizing.question import Question
+from diffspec.optimizing.question import MEMORY, Question
 from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
-from diffspec.optimizing.servers import MILLION, Server, hours_per_million, joules, when_busy
+from diffspec.optimizing.servers import MILLION, NO_PAIR, Server, hours_per_million, joules, when_busy
 from diffspec.parameters import Scalar
 from diffspec.percentiles import known_up_to, predict_distribution, states_for
 from diffspec.prediction import Prediction
@@ -49,6 +50,7 @@ class EveryLength(NamedTuple):
     config: Configuration
     server: Server
     price: float | None
+    max_batched_tokens: float | None = None
 
     def values(self, serving: ServingModel) -> tuple[Values, np.ndarray]:
         """(values, saturated), [loads, draft lengths 0..longest], of every mean and all that the question looks at."""
@@ -107,14 +109,15 @@ class EveryLength(NamedTuple):
         question, workload = self.question, jax.tree.map(lambda leaf: float(leaf[0]), self.workloads)
         pair = self.server.pair_at(workload) if "energy" in question.metrics else None
         if "energy" in question.metrics and pair is None:
-            raise InputError(f"energy: {NO_ENERGY}; allowed: with a verifier's config and its hardware")
+            raise InputError(f"energy: {NO_PAIR}; allowed: with a verifier's config and its hardware")
         if "cost" in question.metrics and self.price is None:
             raise InputError("cost: no price is known; allowed: with cost_per_hour, the price of a device")
         if not (question.spread or question.spent):
             return _means, ()
+        use = self.server.memory_use(workload, self.max_batched_tokens) if MEMORY in question.metrics else None
         law, price = Lengths.lognormal(float(workload.output_scv)), np.float64(self.price or np.nan)
         key = None if pair is None else json.dumps(pair.to_dict(), sort_keys=True)
-        return LookedAt(question.of_one, states, key), (question.bounds, law, price)
+        return LookedAt(question.of_one, states, key), (question.bounds, law, price, use)
 
     def _evaluate(self, serving: ServingModel, function: Callable, data: tuple) -> tuple[Values, np.ndarray]:
         count = len(self._rates())
@@ -158,7 +161,8 @@ class LookedAt(NamedTuple):
     for the same question, so that its program is compiled once. ``states`` [req]: of the chain of requests;
     ``pair_json``: of the architecture and hardware, for energy.
 
-    ``data``: (bounds [s] of the limits on single requests, the law of lengths, price of an hour [1/h])
+    ``data``: (bounds [s] of the limits on single requests, the law of lengths, price of an hour [1/h], the
+    :class:`diffspec.resources.MemoryUse`, None without a limit on memory)
     """
 
     question: Question
@@ -166,7 +170,7 @@ class LookedAt(NamedTuple):
     pair_json: str | None
 
     def __call__(self, serving: ServingModel, workload: Workload, config: Configuration, found: Prediction, data):
-        question, (bounds, law, price) = self.question, data
+        question, (bounds, law, price, use) = self.question, data
         values: dict[str, Any] = metric_values(found)
         if question.spread:
             percents = tuple(dict.fromkeys(int(name.split("_p")[1]) for name in question.percentiles))
@@ -192,4 +196,9 @@ class LookedAt(NamedTuple):
             batch = when_busy(found.effective_batch_size, workload)
             spent = joules(pair, serving.step_time, workload, config, batch, found.throughput)
             values["energy"] = MILLION * spent
+        if use is not None:
+            caps = [jnp.asarray(n, dtype=float) for n in (config.max_batch_size, workload.concurrency) if n is not None]
+            most = jnp.min(jnp.stack(caps)) if caps else jnp.inf
+            held = workload.prompt_length + 0.5 * workload.output_length * (1.0 + workload.output_scv)
+            values[MEMORY] = use.gigabytes(most * held, config.draft_length > 0, config.drafter_scale)
         return values

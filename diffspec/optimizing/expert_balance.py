@@ -24,23 +24,23 @@ from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.principles import KEY
 from diffspec.optimizing.expert_placement import (
     ExpertPlacement,
+    Placing,
     all_placements,
     check_slots,
     eplb,
     exports,
     round_robin,
 )
-from diffspec.optimizing.expert_problem import INFEASIBLE, Point, Problem, merit_of, undominated
+from diffspec.optimizing.expert_problem import INFEASIBLE, SMALL_SPACE, Point, Problem, merit_of
 from diffspec.optimizing.expert_search import relaxed_placement, routed, routed_draws
 from diffspec.optimizing.limits import check_question, parse_limit
+from diffspec.optimizing.servers import COPIES
 from diffspec.resources import memory_plan
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
 from diffspec.traces.routing import RoutingCounts
 from diffspec.workload import Workload
 
-SMALL_SPACE = 1_000_000
-"""Points (placements times draft lengths) below which every one is compared."""
 WORTH_TELLING = 1e-3
 
 
@@ -125,16 +125,19 @@ def place_experts(
     made = [Workload(**common, **{loop: float(load)}) for load in loads]
     workloads = [as_floats(workload) for workload in made]
     serving = enough_states(jax.tree.map(np.asarray, deployment.serving), workloads[0], config)
-    problem = Problem(
-        serving=serving,
-        popularity=popularity,
-        config=config,
-        workloads=workloads,
-        longest=max_draft_length,
-        limits=tuple(parse_limit(text) for text in slo),
-        objective=objective,
-        plain_known=deployment.plain_measured,
-    )
+    problems = [
+        Problem(
+            serving=serving,
+            popularity=popularity,
+            config=config,
+            workload=workload,
+            longest=max_draft_length,
+            limits=tuple(parse_limit(text) for text in slo),
+            objective=objective,
+            plain_known=deployment.plain_measured,
+        )
+        for workload in workloads
+    ]
     baselines = {
         "round_robin": round_robin(popularity, ranks, redundant_experts),
         "eplb": eplb(popularity, ranks, redundant_experts, groups=expert_groups, nodes=nodes),
@@ -144,13 +147,13 @@ def place_experts(
         at_most = SMALL_SPACE // (max_draft_length + 1)
         every = all_placements(popularity.shape[1], ranks, redundant_experts, at_most)
     candidates, table = [baselines["eplb"]], []
-    for index, load in enumerate(loads):
+    for index, (load, problem) in enumerate(zip(loads, problems, strict=True)):
         report(f"experts at {load:g}", index / len(loads))
-        entry, chosen = _at_load(problem, baselines, every, index, any_rank_load)
+        entry, chosen = _at_load(problem, baselines, every, any_rank_load)
         table.append({"load": float(load)} | entry)
         candidates.append(chosen)
     report("one placement for all loads", 0.95)
-    placement, together = _for_all(problem, candidates, len(loads))
+    placement, together = _for_all(problems, candidates)
     feasible = [entry["chosen"]["draft_length"] is not None for entry in table]
     serving = routed(deployment.serving, placement.table(popularity))
     report("done", 1.0)
@@ -164,12 +167,13 @@ def place_experts(
 
 def candidate_placements(
     deployment: FittedDeployment, routes: RoutingCounts, answer: dict[str, Any], any_rank_load: bool = False
-) -> dict[str, CoverageTable]:
+) -> Placing:
     """The different placements of an ``answer`` of :func:`place_experts`, for a decision that is about more than draft
-    length: the one for all loads, those chosen at single loads, EPLB's, and, where their busiest rank carries no more
-    than EPLB's or ``any_rank_load`` is asked for, round robin and those chosen by latency alone."""
+    length to start from: the one for all loads, those chosen at single loads, EPLB's, and, where their busiest rank
+    carries no more than EPLB's or ``any_rank_load`` is asked for, round robin and those chosen by latency alone."""
     count, per_token, _ = deployment.defaults["experts"]
     popularity = routes.popularity(int(count), float(per_token))
+    ranks = int(answer["expert_ranks"])
     told = {"all loads": answer["placement"]} if answer["placement"] else {}
     for entry in answer["table"]:
         told |= {f"at {entry['load']:g} req/s": entry["chosen"], "EPLB": entry["eplb"]}
@@ -177,15 +181,33 @@ def candidate_placements(
             "round robin": entry["round_robin"],
             f"any rank load at {entry['load']:g} req/s": entry["latency_only"],
         }
-    found: dict[bytes, tuple[str, CoverageTable]] = {}
+    found: dict[bytes, tuple[str, ExpertPlacement]] = {}
     most = min((entry["eplb"]["max_rank_load"] for entry in answer["table"]), default=math.inf)
     for name, one in told.items():
         if one["max_rank_load"] > most * (1.0 + 1e-9) and not any_rank_load:
             continue
         slots = np.asarray(one["physical_to_logical_map"], dtype=int)
-        placement = ExpertPlacement(slots, int(answer["expert_ranks"]), popularity.shape[1])
-        found.setdefault(slots.tobytes(), (name, placement.table(popularity)))
-    return dict(found.values())
+        found.setdefault(slots.tobytes(), (name, ExpertPlacement(slots, ranks, popularity.shape[1])))
+    caps = np.full(len(popularity), np.inf)
+    if told and not any_rank_load:
+        slots = np.asarray(told["EPLB"]["physical_to_logical_map"], dtype=int)
+        caps = ExpertPlacement(slots, ranks, popularity.shape[1]).loads(popularity).max(axis=1)
+    return Placing(popularity, dict(found.values()), caps)
+
+
+def exported(answer: dict[str, Any], table: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """An ``answer`` of :func:`place_experts` beside the ``table`` of a joint decision that started from it: its
+    ``exports`` are then of the placement that was decided on, where that is one at all loads that are served."""
+    served = [entry["placed"]["physical_to_logical_map"] for entry in table if entry["feasible"] and entry["placed"]]
+    chosen = {str(slots): slots for slots in served}
+    if len(chosen) == 1:
+        (slots,) = chosen.values()
+        placement = ExpertPlacement(np.asarray(slots, dtype=int), int(answer["expert_ranks"]), int(answer["experts"]))
+        return answer | {"exports": exports(placement)}
+    if not chosen:
+        return answer
+    note = "the decisions place experts differently by load: exports are of the placement for all, of the mean request"
+    return answer | {"warnings": [*answer["warnings"], note]}
 
 
 def _placed(loads: Sequence[float], together: list[dict[str, Any]]) -> dict[str, Any]:
@@ -273,29 +295,29 @@ def with_copies(
     before = plan.kv_capacity_tokens if told is None else told
     after = max(before - tokens, 1.0)
     memory = {"copies_bytes": taken, "kv_capacity_tokens": after, "kv_capacity_tokens_without": before}
-    if told is not None:
-        deployment = dataclasses.replace(deployment, defaults=deployment.defaults | {"kv_capacity_tokens": after})
-    return deployment, memory, []
+    defaults = deployment.defaults | {COPIES: taken}
+    defaults |= {} if told is None else {"kv_capacity_tokens": after}
+    return dataclasses.replace(deployment, defaults=defaults), memory, []
 
 
 def _at_load(
-    problem: Problem, baselines: dict[str, ExpertPlacement], every: list[np.ndarray] | None, load: int, any_load: bool
+    problem: Problem, baselines: dict[str, ExpertPlacement], every: list[np.ndarray] | None, any_load: bool
 ) -> tuple[dict[str, Any], ExpertPlacement]:
     """The entry of a load, and the placement chosen there."""
     names = list(baselines)
-    known = dict(zip(names, problem.points(list(baselines.values()), load), strict=True))
+    known = dict(zip(names, problem.points(list(baselines.values())), strict=True))
     start = known["eplb"]
     caps = start.placement.loads(problem.popularity).max(axis=1)
     caps = np.full(caps.size, np.inf) if any_load else caps
     best = min([p for p in known.values() if problem.keeps(p.placement, caps)], key=merit_of)
-    best = min(problem.search(start, load, caps), best, key=merit_of)
+    best = min(problem.search(start, caps), best, key=merit_of)
     relaxed = relaxed_placement(
-        *(problem.objective, problem.limits, problem.longest, problem.serving, problem.workloads[load]),
-        *(problem.config, problem.popularity, start.placement, start.length, caps),
+        *(problem.objective, problem.limits, problem.longest, problem.serving, problem.workload),
+        *(problem.config, problem.popularity, start.placement, start.choice, caps),
     )
     if relaxed is not None:
-        (rounded,) = problem.points([relaxed[0]], load)
-        from_there = problem.search(rounded, load, caps)
+        (rounded,) = problem.points([relaxed[0]])
+        from_there = problem.search(rounded, caps)
         if problem.keeps(from_there.placement, caps) and from_there.best < best.best - 1e-12:
             best = from_there
             relaxed = (*relaxed, True)
@@ -303,12 +325,11 @@ def _at_load(
     told["relaxed"] = None if relaxed is None else {"draft_length": relaxed[1], "led_to_choice": len(relaxed) == 3}
     told |= {"optimality_gap": None, "points": None}
     if every is not None:
-        kept = undominated(problem.popularity, every, start.placement.ranks, float(caps[0]))
-        optimum = min(problem.points(kept, load), key=merit_of)
+        optimum = problem.best_of_all(every, start.placement.ranks, caps)
         gap = math.expm1(best.best - optimum.best) if optimum.best < INFEASIBLE else 0.0
         told |= {"optimality_gap": 0.0 if abs(gap) < 1e-9 else gap, "points": len(every) * (problem.longest + 1)}
         best = min(best, optimum, key=merit_of)
-    unbounded = problem.search(best, load, np.full(caps.size, np.inf))
+    unbounded = problem.search(best, np.full(caps.size, np.inf))
     told |= {"chosen": problem.told(best), "latency_only": problem.told(unbounded)}
     return told | {"words": _words(problem, known["eplb"], best, unbounded)}, best.placement
 
@@ -332,14 +353,14 @@ def _words(problem: Problem, base: Point, best: Point, unbounded: Point) -> str:
 
 
 def _for_all(
-    problem: Problem, candidates: list[ExpertPlacement], loads: int
+    problems: list[Problem], candidates: list[ExpertPlacement]
 ) -> tuple[ExpertPlacement, list[dict[str, Any]]]:
     """Of the placements chosen at single loads the one for all: it serves most loads, then the smallest mean log
     objective; with its draft length at each load."""
     distinct = list({placement.slots.tobytes(): placement for placement in candidates}.values())
-    points = [problem.points(distinct, load) for load in range(loads)]
+    points = [problem.points(distinct) for problem in problems]
     merit = np.array([[point.best for point in row] for row in points])
     served = (merit < INFEASIBLE).sum(axis=0)
     among = np.flatnonzero(served == served.max())
     chosen = int(among[np.argmin(merit[:, among].mean(axis=0))])
-    return distinct[chosen], [problem.told(row[chosen]) for row in points]
+    return distinct[chosen], [one.told(row[chosen]) for one, row in zip(problems, points, strict=True)]

@@ -7,7 +7,7 @@ further copies (redundant experts). A placement names the expert of every slot.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,21 @@ class ExpertPlacement:
             slopes += np.einsum("ne,en->n", on_rank[slowest], -exponent * missed)
         mean = covered / len(self.slots) / (self.experts / self.ranks)
         return np.log(mean), slopes / covered, np.asarray(self.load_imbalance(popularity))
+
+
+@dataclass(frozen=True)
+class Placing:
+    """``placements`` by name of experts of this ``popularity`` [layers, experts], for a decision to choose from;
+    ``caps`` [layers]: the largest load of a rank that placements which are looked for beside them may have, None: no
+    others are looked for."""
+
+    popularity: np.ndarray
+    placements: Mapping[str, ExpertPlacement]
+    caps: np.ndarray | None = None
+
+    def tables(self) -> dict[str, CoverageTable]:
+        """The placements as the step time takes them."""
+        return {name: placement.table(self.popularity) for name, placement in self.placements.items()}
 
 
 def check_slots(experts: int, ranks: int, redundant: int) -> int:

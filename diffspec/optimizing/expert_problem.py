@@ -1,5 +1,11 @@
-"""Placements of experts at the loads that are asked for: exact answers, and the search that uses them."""
+"""Placements of experts at one load: exact answers, and the search that uses them.
 
+What else is decided there, draft lengths say, are the decisions of a problem; a placement is worth what the best of
+them is. :class:`AbstractProblem` searches; :class:`Problem` is that of one workload with a draft length, and
+:class:`diffspec.optimizing.joint_experts.JointProblem` that of a joint decision.
+"""
+
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,6 +32,8 @@ CHUNK, KICKS, POLISHED = 8, 8, 24
 """Placements evaluated in one call; random restarts near the best, and neighbours judged exactly, before a search
 ends."""
 INFEASIBLE = 1e3
+SMALL_SPACE = 1_000_000
+"""Points (placements times decisions) below which every one is compared."""
 SHOWN = ("e2e_mean", "ttft_mean", "tpot_mean", "throughput", "utilization")
 
 
@@ -43,16 +51,16 @@ def _evaluate(longest: int, serving: ServingModel, tables: CoverageTable, worklo
 
 
 class Point(NamedTuple):
-    """A placement at one load: the ``merit`` of every draft length (log objective, or more than :data:`INFEASIBLE`
-    where limits or capacity are broken) and its metrics."""
+    """A placement at one load: the ``merit`` of every decision (log objective, or more than :data:`INFEASIBLE` where
+    limits or capacity are broken) and its metrics."""
 
     placement: ExpertPlacement
     merit: np.ndarray
     metrics: dict[str, np.ndarray]
 
     @property
-    def length(self) -> int:
-        """The best draft length [tok]."""
+    def choice(self) -> int:
+        """The number of the best decision; of a problem of one workload its draft length [tok]."""
         return int(np.argmin(self.merit))
 
     @property
@@ -61,29 +69,83 @@ class Point(NamedTuple):
         return float(self.merit.min())
 
 
+class AbstractProblem(abc.ABC):
+    """What is asked at one load: ``popularity`` [layers, experts] on a server, and what a placement is worth."""
+
+    popularity: np.ndarray
+
+    @abc.abstractmethod
+    def points(self, placements: Sequence[ExpertPlacement]) -> list[Point]:
+        """The placements, by the whole model."""
+
+    @abc.abstractmethod
+    def pressures(self, point: Point) -> list[Pressure]:
+        """How the objective answers to coverage and rank load, at the best decision and at those beside it."""
+
+    def search(self, start: Point, caps: np.ndarray) -> Point:
+        """Local search from a placement: descents under the pressure at its best decision and the ones beside it, as
+        long as the exact objective falls; then, for one layer, from kicked copies of what was found, and through its
+        best neighbours one by one. ``caps`` [layers]: of the busiest rank."""
+        best = start
+        if not self.keeps(start.placement, caps):
+            within = descend(self.popularity, start.placement, self.pressures(start)[0], caps)
+            (best,) = self.points([within])
+        for _ in range(6):
+            pressed = self.pressures(best)
+            found = self._best([descend(self.popularity, best.placement, p, caps) for p in pressed], caps, best)
+            if found is best:
+                break
+            best = found
+        if len(self.popularity) > 1:
+            return best
+        random = np.random.default_rng(0)
+        for _ in range(KICKS // CHUNK):
+            pressed = self.pressures(best)[:1] * CHUNK
+            kicks = [kicked(best.placement, random) for _ in pressed]
+            tried = [descend(self.popularity, k, p, caps) for k, p in zip(kicks, pressed, strict=True)]
+            best = self._best(tried, caps, best)
+        for _ in range(12):
+            here = self.pressures(best)[0]
+            beside = neighbours(self.popularity, best.placement, here, float(caps[0]), POLISHED)
+            found = self._best(beside, caps, best)
+            if found is best:
+                break
+            best = found
+        return best
+
+    def best_of_all(self, every: list[np.ndarray], ranks: int, caps: np.ndarray) -> Point:
+        """The best of ``every`` placement of one layer within the cap."""
+        return min(self.points(undominated(self.popularity, every, ranks, float(caps[0]))), key=merit_of)
+
+    def _best(self, tried: list[ExpertPlacement], caps: np.ndarray, best: Point) -> Point:
+        """The best of the placements that keep the caps where it is better than ``best``, else ``best`` itself."""
+        allowed = list({p.slots.tobytes(): p for p in tried if self.keeps(p, caps)}.values())
+        found = min(self.points(allowed), key=merit_of, default=best)
+        return found if found.best < best.best - 1e-12 else best
+
+    def keeps(self, placement: ExpertPlacement, caps: np.ndarray) -> bool:
+        """Whether no layer's busiest rank carries more than its cap."""
+        return bool(np.all(placement.loads(self.popularity).max(axis=1) <= caps * (1.0 + 1e-9)))
+
+
 @dataclasses.dataclass
-class Problem:
-    """What is asked, at one load after another: ``popularity`` [layers, experts] on a server, a workload for each load,
-    draft lengths up to ``longest``, without 0 unless ``plain_known``."""
+class Problem(AbstractProblem):
+    """One workload: the decisions are draft lengths up to ``longest``, without 0 unless ``plain_known``."""
 
     serving: ServingModel
     popularity: np.ndarray
     config: Configuration
-    workloads: list[Workload]
+    workload: Workload
     longest: int
     limits: tuple[Limit, ...]
     objective: str
     plain_known: bool
 
-    def points(self, placements: Sequence[ExpertPlacement], load: int) -> list[Point]:
-        """The placements at a load, by the whole model."""
+    def points(self, placements: Sequence[ExpertPlacement]) -> list[Point]:
+        """The placements at the load, by the whole model."""
         found = []
-        for first in range(0, len(placements), CHUNK):
-            chunk = list(placements[first : first + CHUNK])
-            curves = [placement.curves(self.popularity) for placement in chunk]
-            curves += curves[-1:] * (CHUNK - len(curves))
-            stacked = jax.tree.unflatten(TABLE, [np.stack(leaves) for leaves in zip(*curves, strict=True)])
-            made = _evaluate(self.longest, self.serving, stacked, self.workloads[load], self.config)
+        for chunk, tables in chunks_of(placements, self.popularity):
+            made = _evaluate(self.longest, self.serving, tables, self.workload, self.config)
             metrics, saturated = jax.tree.map(np.asarray, made)
             if not self.plain_known:
                 saturated = saturated | (np.arange(self.longest + 1) == 0)
@@ -93,64 +155,39 @@ class Problem:
             found += [Point(p, merit[i], {k: v[i] for k, v in metrics.items()}) for i, p in enumerate(chunk)]
         return found
 
-    def pressure(self, point: Point, load: int, length: int) -> Pressure:
-        """How the objective answers to coverage and rank load there."""
-        table = point.placement.table(self.popularity)
-        relief = bool(point.merit[length] > INFEASIBLE + 50.0)
-        return pressure(self.objective, self.serving, table, self.workloads[load], self.config, length, relief)
-
-    def search(self, start: Point, load: int, caps: np.ndarray) -> Point:
-        """Local search from a placement: descents under the pressure at its best draft length and the ones beside it,
-        as long as the exact objective falls; then, for one layer, from kicked copies of what was found, and through its
-        best neighbours one by one."""
-        best = start
-        if not self.keeps(start.placement, caps):
-            within = descend(self.popularity, start.placement, self.pressure(start, load, start.length), caps)
-            (best,) = self.points([within], load)
-        for _ in range(6):
-            near = {best.length, *(k for k in (best.length - 1, best.length + 1) if 0 <= k <= self.longest)}
-            pressed = [self.pressure(best, load, k) for k in sorted(near)]
-            found = self._best([descend(self.popularity, best.placement, p, caps) for p in pressed], load, caps, best)
-            if found is best:
-                break
-            best = found
-        if len(self.popularity) > 1:
-            return best
-        random = np.random.default_rng(0)
-        for _ in range(KICKS // CHUNK):
-            pressed = [self.pressure(best, load, best.length)] * CHUNK
-            kicks = [kicked(best.placement, random) for _ in pressed]
-            tried = [descend(self.popularity, k, p, caps) for k, p in zip(kicks, pressed, strict=True)]
-            best = self._best(tried, load, caps, best)
-        for _ in range(12):
-            pressure_here = self.pressure(best, load, best.length)
-            beside = neighbours(self.popularity, best.placement, pressure_here, float(caps[0]), POLISHED)
-            found = self._best(beside, load, caps, best)
-            if found is best:
-                break
-            best = found
-        return best
-
-    def _best(self, tried: list[ExpertPlacement], load: int, caps: np.ndarray, best: Point) -> Point:
-        """The best of the placements that keep the caps where it is better than ``best``, else ``best`` itself."""
-        allowed = list({p.slots.tobytes(): p for p in tried if self.keeps(p, caps)}.values())
-        found = min(self.points(allowed, load), key=merit_of, default=best)
-        return found if found.best < best.best - 1e-12 else best
-
-    def keeps(self, placement: ExpertPlacement, caps: np.ndarray) -> bool:
-        """Whether no layer's busiest rank carries more than its cap."""
-        return bool(np.all(placement.loads(self.popularity).max(axis=1) <= caps * (1.0 + 1e-9)))
+    def pressures(self, point: Point) -> list[Pressure]:
+        """At the best draft length, and one token more and less."""
+        table, best = point.placement.table(self.popularity), point.choice
+        near = [best, *(k for k in (best - 1, best + 1) if 0 <= k <= self.longest)]
+        asked = (self.objective, self.serving, table, self.workload, self.config)
+        return [pressure(*asked, k, bool(point.merit[k] > INFEASIBLE + 50.0)) for k in near]
 
     def told(self, point: Point) -> dict[str, Any]:
         """A placement in numbers, at its best draft length."""
-        k, served = point.length, point.best < INFEASIBLE
+        k, served = point.choice, point.best < INFEASIBLE
         return {
             "draft_length": k if served else None,
             **{name: finite(point.metrics[name][k]) if served else None for name in SHOWN},
-            "max_rank_load": point.placement.max_rank_load(self.popularity),
-            "load_imbalance": point.placement.load_imbalance(self.popularity),
-            "physical_to_logical_map": point.placement.slots.tolist(),
+            **placement_told(point.placement, self.popularity),
         }
+
+
+def chunks_of(placements: Sequence[ExpertPlacement], popularity: np.ndarray):
+    """The placements by :data:`CHUNK`, each with its tables, which have a leading axis of so many."""
+    for first in range(0, len(placements), CHUNK):
+        chunk = list(placements[first : first + CHUNK])
+        curves = [placement.curves(popularity) for placement in chunk]
+        curves += curves[-1:] * (CHUNK - len(curves))
+        yield chunk, jax.tree.unflatten(TABLE, [np.stack(leaves) for leaves in zip(*curves, strict=True)])
+
+
+def placement_told(placement: ExpertPlacement, popularity: np.ndarray) -> dict[str, Any]:
+    """A placement as plain data."""
+    return {
+        "max_rank_load": placement.max_rank_load(popularity),
+        "load_imbalance": placement.load_imbalance(popularity),
+        "physical_to_logical_map": placement.slots.tolist(),
+    }
 
 
 def merit_of(point: Point) -> float:

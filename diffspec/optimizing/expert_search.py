@@ -5,6 +5,8 @@ T that the equilibrium settles at, and the load of the busiest rank. :class:`Pre
 to both (implicit derivatives); the search over swaps and copies minimises that and its results are judged exactly.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import equinox as eqx
@@ -58,14 +60,32 @@ def routed_draws(models: ServingModel, table: CoverageTable) -> ServingModel:
     return routed(models, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *np.shape(leaf))), table))
 
 
-@program(0, 1)
-def _answers(objective: str, relief: bool, serving: ServingModel, table: CoverageTable, workload, config):
-    def value(log_coverage, log_imbalance):
+@program(0)
+def _answers(value: Callable, serving: ServingModel, table: CoverageTable, data):
+    def moved(log_coverage, log_imbalance):
         here = CoverageTable(log_coverage, table.elasticity, jnp.exp(log_imbalance), table.low, table.high)
-        prediction = routed(serving, here).predict(workload, config)
+        return value(routed(serving, here), data)
+
+    return jax.grad(moved, (0, 1))(table.log_coverage, jnp.log(table.imbalance))
+
+
+def pressure_of(value: Callable, serving: ServingModel, table: CoverageTable, data) -> Pressure:
+    """How ``value(serving, data)``, a log objective, answers; pass the same function again to reuse its program."""
+    by_node, by_load = (np.asarray(part) for part in _answers(value, serving, table, data))
+    weight = np.maximum(by_node, 0.0)
+    log_tokens = np.linspace(np.log(table.low), np.log(table.high), weight.size)
+    total = weight.sum()
+    tokens = float(np.exp((weight * log_tokens).sum() / total)) if total > 0 else 1.0
+    return Pressure(tokens, float(total), max(float(by_load), 0.0))
+
+
+@lru_cache
+def _of_workload(objective: str, relief: bool) -> Callable:
+    def value(serving, data):
+        prediction = serving.predict(*data)
         return jnp.log(prediction.utilization) if relief else cost(prediction, objective)
 
-    return jax.grad(value, (0, 1))(table.log_coverage, jnp.log(table.imbalance))
+    return value
 
 
 def pressure(
@@ -79,12 +99,7 @@ def pressure(
 ) -> Pressure:
     """How the objective answers at a draft length; with ``relief`` how utilization does, where the load saturates."""
     config = at_draft_length(config, jnp.asarray(float(length)))
-    by_node, by_load = (np.asarray(part) for part in _answers(objective, relief, serving, table, workload, config))
-    weight = np.maximum(by_node, 0.0)
-    log_tokens = np.linspace(np.log(table.low), np.log(table.high), weight.size)
-    total = weight.sum()
-    tokens = float(np.exp((weight * log_tokens).sum() / total)) if total > 0 else 1.0
-    return Pressure(tokens, float(total), max(float(by_load), 0.0))
+    return pressure_of(_of_workload(objective, relief), serving, table, (workload, config))
 
 
 class _Layer:

@@ -1,28 +1,28 @@
 """The verb `optimize` for several classes of requests and a catalogue of drafters: one joint decision for each load.
 
 Decided together: the drafter, the draft length of each class or the tree that it draws, the batch cap, how many
-replicas share the load, and which of the placements of experts. For each drafter and load the reals are found first
-(:mod:`diffspec.optimizing.constrained`, gradients through the equilibrium, a few starts side by side), then rounded,
-then improved by exact evaluation of all neighbours until none is better. Where all whole points are fewer than
-:data:`MOST_POINTS` they are evaluated too: the answer is then the best of all, and ``optimality_gap`` says how far the
-relaxed and rounded one was from it.
+replicas share the load, and where experts lie (:mod:`diffspec.optimizing.joint_experts`). For each drafter and load
+the reals are found first (:mod:`diffspec.optimizing.constrained`, gradients through the equilibrium, a few starts side
+by side), then rounded, then improved by exact evaluation of all neighbours until none is better. Where all whole points
+are fewer than :data:`MOST_POINTS` they are evaluated too: the answer is then the best of all, and ``optimality_gap``
+says how far the relaxed and rounded one was from it. Where none keeps the limits it is the nearest
+(:mod:`diffspec.optimizing.joint_choice`).
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance
 from diffspec.analysis.intervals import NO_INTERVALS
 from diffspec.analysis.plain import finite
-from diffspec.experts import CoverageTable
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.observations import UNCAPPED
 from diffspec.optimizing.catalogue import DrafterChoice, RequestClass, acceptance_of_size
-from diffspec.optimizing.choice import cost_at_risk
 from diffspec.optimizing.constrained import Solution
+from diffspec.optimizing.expert_placement import Placing
 from diffspec.optimizing.joint_answer import (
     caveats,
     class_told,
@@ -34,31 +34,13 @@ from diffspec.optimizing.joint_answer import (
     violations,
 )
 from diffspec.optimizing.joint_arms import ANY, arms_of, largest_batch, looking_at, with_percentiles
-from diffspec.optimizing.joint_draws import (
-    Contender,
-    contenders,
-    draw_shortlist,
-    interval_of,
-    intervals_told,
-    roomiest,
-    shortlist,
-)
+from diffspec.optimizing.joint_choice import Compared, best_of, compared, surely
+from diffspec.optimizing.joint_draws import Contender, intervals_told
+from diffspec.optimizing.joint_experts import search_placements
 from diffspec.optimizing.joint_problem import COST, excesses
 from diffspec.optimizing.joint_question import Question, read_joint_question
-from diffspec.optimizing.joint_search import (
-    STARTS,
-    Arm,
-    Ranges,
-    Scored,
-    as_reals,
-    excess_slopes,
-    first,
-    joined,
-    relaxed,
-    rounded,
-    score,
-)
-from diffspec.optimizing.limits import EQUAL
+from diffspec.optimizing.joint_search import STARTS, Arm, Ranges, Scored, as_reals, excess_slopes, relaxed, score
+from diffspec.optimizing.question import MEMORY
 from diffspec.optimizing.servers import server_of
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
@@ -74,7 +56,7 @@ def optimize_jointly(
     max_draft_length: int = 8,
     batch_caps: Sequence[float] = (),
     replicas: Sequence[int] = (1,),
-    placements: Mapping[str, CoverageTable] | None = None,
+    placements: Placing | None = None,
     max_batched_tokens: float | None = None,
     acceptance: AbstractAcceptance | None = None,
     slo: Sequence[str] = (),
@@ -89,11 +71,12 @@ def optimize_jointly(
     * ``loads`` [req/s], increasing: of all classes together; ``classes``: shares, lengths, acceptance and own limits
     * ``drafters``: a catalogue; none: the deployment's own. One with ``candidates`` draws trees: the best tree of every
       budget and depth is a candidate. ``batch_caps`` [req]: candidates, default the measured cap
-    * ``replicas``: how many may share the load evenly, whole numbers; ``placements``: of a mixture's experts, by name
+    * ``replicas``: how many may share the load evenly, whole numbers; ``placements``: of a mixture's experts; better
+      ones are looked for at the decisions (:mod:`diffspec.optimizing.joint_experts`)
     * ``acceptance``: of drafters and classes that have none; default the deployment's own
     * ``slo``: limits on means, percentiles (``"ttft_p95<0.5"``) and throughput of all requests, on ``utilization``,
-      ``cost`` and ``energy``; classes have their own. ``"ttft<0.5"``: one that each request keeps or not, which
-      ``goodput`` counts (:mod:`diffspec.optimizing.joint_tails`)
+      ``cost``, ``energy`` and ``memory`` [GB]; classes have their own. ``"ttft<0.5"``: one that each request keeps or
+      not, which ``goodput`` counts (:mod:`diffspec.optimizing.joint_tails`)
     * ``objective``: a mean latency, a percentile of all requests, ``cost`` or ``energy`` [J] (of a million output
       tokens; equal costs are told apart by the mean e2e latency), a weighted sum of these, or ``capacity`` or
       ``goodput`` [req/s] (of all replicas, made large)
@@ -103,7 +86,8 @@ def optimize_jointly(
       axis, by default what the fit leaves open
 
     Returns plain data: ``outcome`` (``successful`` when some load has a feasible point), ``table`` with, for each load,
-    ``drafter``, ``draft_lengths`` by class, ``tree`` (None: a chain), ``max_batch_size``, ``replicas``, ``placement``,
+    ``drafter``, ``draft_lengths`` by class, ``tree`` (None: a chain), ``max_batch_size``, ``replicas``, ``placement``
+    and how it was ``placed`` (:meth:`diffspec.optimizing.joint_experts.Searched.told`; None without experts),
     ``objective``, ``metrics`` by class and of ``all``, ``speedup`` (mean e2e latency without speculation, of the
     deployment that was given and as many replicas, over that of the choice; below 1 where the objective is another),
     ``common`` (the best with one draft length for all classes, which is what engines take today), ``relaxed`` (the
@@ -126,7 +110,8 @@ def optimize_jointly(
     goal, shapes, limits, ranges = asked.goal, asked.shapes, asked.limits, asked.ranges
     report = progress or (lambda what, share: None)
     given = {"max_batched_tokens": max_batched_tokens, "cost_per_hour": cost_per_hour, "draws": draws}
-    arms = arms_of(deployment, drafters, classes, ranges, acceptance, placements or {}, **given)
+    tables = {} if placements is None else placements.tables()
+    arms = arms_of(deployment, drafters, classes, ranges, acceptance, tables, **given)
     tails = asked.tails(largest_batch(arms, asked))
     arms = [looking_at(arm, tails, asked) for arm in arms]
     sure = all(arm.models is not None for arm in arms)
@@ -136,20 +121,32 @@ def optimize_jointly(
     asked = asked._replace(exhaustive=total <= asked.most_points)
     solved = []
     for number, arm in enumerate(arms):
-        report(f"{arm.name}: relaxed", 0.6 * number / len(arms))
+        report(f"{arm.name}: relaxed", 0.5 * number / len(arms))
         solved.append(relaxed(arm, shapes, goal, limits, asked.each, ranges, replicas=asked.sharing))
-    between = _between(asked, arms, drafters)
+    found = []
+    for i, load in enumerate(loads):
+        report(f"{load:g} req/s: whole points", 0.5 + 0.2 * i / len(loads))
+        found.append(compared(asked, i, arms, solved, sure))
+    searched = None
+    if placements is not None:
+        searched = search_placements(asked, arms, solved, found, placements, sure, lambda what: report(what, 0.7))
+        arms, solved, found = searched[:3]
     (own,) = arms_of(deployment, (), classes, ranges, acceptance or ANY, {}, **given)
-    powered = "energy" not in asked.looked_at or server_of(deployment).pair is not None
-    own = looking_at(own, tails, asked) if deployment.plain_measured and powered else None
+    powered = not asked.looked_at & {"energy", MEMORY} or server_of(deployment).pair is not None
+    own = looking_at(own, tails, asked, drafts=False) if deployment.plain_measured and powered else None
     table, varied = [], []
     for i, load in enumerate(loads):
-        report(f"{load:g} req/s: whole points", 0.6 + 0.4 * i / len(loads))
-        entry, interval = _decide(asked, i, arms, own, solved, sure)
-        place = asked.replicas.index(entry["replicas"])
-        size = None if between is None else between[entry["placement"]][i * len(asked.replicas) + place]
-        table.append(entry | {"drafter_size": size})
+        report(f"{load:g} req/s: the choice", 0.8 + 0.2 * i / len(loads))
+        entry, interval = _decide(asked, i, arms, own, solved, found[i], sure)
+        told = None if searched is None or placements is None else searched.told(i, entry["placement"], placements)
+        table.append(entry | {"placed": told})
         varied.append({"load": float(load)} | interval)
+    between = _between(asked, arms, drafters, {entry["placement"] for entry in table})
+    for i, entry in enumerate(table):
+        place = asked.replicas.index(entry["replicas"])
+        entry["drafter_size"] = (
+            None if between is None else between[entry["placement"]][i * len(asked.replicas) + place]
+        )
     report("done", 1.0)
     feasible = [entry for entry in table if entry["feasible"]]
     gaps = [entry["optimality_gap"] for entry in feasible if entry["optimality_gap"] is not None]
@@ -164,7 +161,7 @@ def optimize_jointly(
         "classes": [class_told(one) for one in classes],
         "drafters": list(dict.fromkeys(arm.name for arm in arms)),
         "replicas": list(asked.replicas),
-        "placements": list(placements or {}),
+        "placements": [] if searched is None else list(searched.placements),
         "table": table,
         "policy": merged(table),
         "optimality_gap": max(gaps) if gaps else None,
@@ -174,9 +171,9 @@ def optimize_jointly(
     }
 
 
-def _between(asked: Question, arms, drafters) -> dict[str | None, list[dict[str, Any]]] | None:
-    """By placement, the best real size of a drafter at each load of a replica, where the catalogue tells how acceptance
-    follows size."""
+def _between(asked: Question, arms, drafters, chosen) -> dict[str | None, list[dict[str, Any]]] | None:
+    """By placement that was ``chosen``, the best real size of a drafter at each load of a replica, where the catalogue
+    tells how acceptance follows size."""
     family = [choice for choice in drafters if choice.drafter_params is not None and choice.deployment is None]
     family = [choice for choice in family if not choice.draws_trees]
     try:
@@ -184,7 +181,7 @@ def _between(asked: Question, arms, drafters) -> dict[str | None, list[dict[str,
     except InputError:
         return None
     sizes = sorted(math.log(choice.drafter_params) for choice in family)  # type: ignore[arg-type]
-    placed = [arm for arm in arms if arm.name == family[0].name]  # one for each placement
+    placed = [arm for arm in arms if arm.name == family[0].name and arm.placement in chosen]
     return {arm.placement: _between_on(asked, arm, by_size, (sizes[0], sizes[-1])) for arm in placed}
 
 
@@ -209,81 +206,14 @@ def _between_on(asked: Question, arm: Arm, by_size, ends: tuple[float, float]) -
     return told
 
 
-class Compared(NamedTuple):
-    """Points of all arms at one load: the best ``attempt`` of rounding, the best ``alike`` for all classes, the best of
-    each arm (``best``), others that come close, and those with ``room`` below the limits; ``evaluated``: how many."""
-
-    attempt: Contender
-    alike: Contender
-    best: list[Contender]
-    others: list[Contender]
-    room: list[Contender]
-    evaluated: int
-
-
-def _compared(asked: Question, i: int, arms: list[Arm], solved, sure: bool) -> Compared:
-    """Every arm at every number of replicas at one load."""
-    count, evaluated, load = len(asked.classes), 0, asked.loads[i]
-    question = (asked.shapes, asked.goal, asked.limits)
-    attempts, common, best, others, room = [], [], [], [], []
-    for place, replicas in enumerate(asked.replicas):
-        for number, (arm, solution) in enumerate(zip(arms, solved, strict=True)):
-            real = as_reals(arm, asked.ranges, solution.x[asked.lane(solution, i, place)], count)
-            found = rounded(arm, *question, load / replicas, asked.ranges, real, replicas)
-            alike = score(arm, *question, load / replicas, asked.ranges.alike(arm, count), replicas)
-            attempts.append(Contender(number, first(found)))
-            common.append(Contender(number, first(alike)))
-            evaluated += len(found.points) + len(alike.points)
-            found = joined(found, alike)
-            if asked.exhaustive and count > 1 and arm.trees is None:
-                found = score(arm, *question, load / replicas, asked.ranges.whole(arm, count), replicas)
-                evaluated += len(found.points)
-            best.append(Contender(number, first(found)))
-            others += contenders(number, found) if sure else []
-            room += roomiest(number, found) + contenders(number, alike) if asked.risk is not None else []
-    attempt, alike = (min(each, key=lambda one: one.key) for each in (attempts, common))
-    return Compared(attempt, alike, best, others, room, evaluated)
-
-
-class Sure(NamedTuple):
-    """The ``winner``, its ``interval`` over draws ({} where there are none), and with a risk the log cost ``at_risk``,
-    infinite where too few draws keep the limits."""
-
-    winner: Contender
-    interval: dict[str, Any]
-    at_risk: float | None
-
-
-def _sure(asked: Question, load: float, arms: list[Arm], own: Arm | None, found: Compared, plain) -> Sure:
-    """The choice among the points at one load, over the draws of what is not known."""
-    known = own is not None and own.models is not None
-    baseline: list[Contender] = plain if known else []
-    listed = shortlist([*found.best, found.alike, *baseline, *found.room], found.others)
-    all_arms = [*arms, *([] if own is None else [own])]
-    drawn = draw_shortlist(all_arms, listed, asked.shapes, asked.goal, asked.limits, load)
-    names, candidates = [one.same for one in listed], [n for n, one in enumerate(listed) if one.arm >= 0]
-    at_risk = None if asked.risk is None else cost_at_risk(drawn.cost, drawn.feasible, asked.risk)
-    if at_risk is None:
-        chosen = names.index(min(found.best, key=lambda one: one.key).same)
-    else:
-        levels = np.round(at_risk / EQUAL) if asked.goal.flat else at_risk
-        chosen = min(candidates, key=lambda n: (levels[n], listed[n].key))
-    winner = listed[chosen]
-    placed = asked.replicas.index(int(winner.point.replicas[0]))
-    base = names.index(baseline[placed].same) if baseline else None
-    interval = interval_of(drawn, candidates, chosen, base, asked.goal)
-    return Sure(winner, interval, None if at_risk is None else float(at_risk[chosen]))
-
-
-def _decide(asked: Question, i: int, arms: list[Arm], own: Arm | None, solved, sure: bool):
+def _decide(asked: Question, i: int, arms: list[Arm], own: Arm | None, solved, found: Compared, sure: bool):
     """(entry of the table, its interval) at one load."""
     load = asked.loads[i]
-    found = _compared(asked, i, arms, solved, sure)
     plain = None if own is None else [_plain(asked, own, load, replicas) for replicas in asked.replicas]
     if sure:
-        winner, interval, at_risk = _sure(asked, load, arms, own, found, plain)
+        winner, interval, at_risk = surely(asked, load, arms, own, found, plain)
     else:
-        winner, interval, at_risk = min(found.best, key=lambda one: one.key), {}, None
+        winner, interval, at_risk = best_of(asked, load, arms, found), {}, None
     kept = None if at_risk is None else math.isfinite(at_risk)
     arm = arms[winner.arm]
     told = with_percentiles(arm, winner.point, load / int(winner.point.replicas[0]), asked)

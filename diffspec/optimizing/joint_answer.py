@@ -123,7 +123,7 @@ def violations(point: Scored, asked: Question, load: float) -> dict[str, Any]:
             metric, number = entry.limit.metric, entry.number
             value = over_all(metric, point.metrics, share) if number is None else point.metrics[metric][:, number]
             value = value[0] * (replicas if metric in ADDED_UP else 1)
-            broken[entry.text(asked.classes)] = {"value": finite(value), "bound": entry.limit.bound}
+            broken[entry.text(asked.classes)] = entry.limit.told(finite(value))
     if not broken:  # no limit, but no request that counts, or a percentile that is not known
         value = None if unmet_batch(point) else value_of(asked.goal, float(point.cost[0]), 1)
         broken[asked.goal.text] = {"value": None if value is None else finite(value), "bound": None}

@@ -16,14 +16,14 @@ from diffspec.experts import CoverageTable
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.observations import states_of
 from diffspec.fitting.uncertainty import DRAWS
-from diffspec.optimizing.candidates import NO_ENERGY
 from diffspec.optimizing.catalogue import DrafterChoice, RequestClass, mean_request
 from diffspec.optimizing.expert_search import routed, routed_draws
 from diffspec.optimizing.joint_problem import Drafted, evaluate_points
 from diffspec.optimizing.joint_question import Question
 from diffspec.optimizing.joint_search import Arm, Ranges, Scored
 from diffspec.optimizing.joint_tails import Tails, of_all
-from diffspec.optimizing.servers import prices, server_of
+from diffspec.optimizing.question import MEMORY
+from diffspec.optimizing.servers import NO_PAIR, prices, server_of
 from diffspec.results import InputError
 from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.tree_shapes import tree_shapes
@@ -63,11 +63,15 @@ def arms_of(
             continue
         if getattr(arm.deployment.serving.step_time, "experts", None) is None:
             raise InputError(f"drafter {choice.name!r}: its model is no mixture of experts: no placement can be asked")
-        for name, table in placements.items():
-            placed = drafted._replace(serving=as_floats(routed(drafted.serving, table)))
-            drawn = None if models is None else as_floats(routed_draws(models, table))
-            found.append(arm._replace(drafted=placed, models=drawn, placement=name))
+        found += [on_placement(arm, name, table) for name, table in placements.items()]
     return found
+
+
+def on_placement(arm: Arm, name: str, table: CoverageTable) -> Arm:
+    """The drafter of an arm with the experts placed in another way."""
+    drafted = arm.drafted._replace(serving=as_floats(routed(arm.drafted.serving, table)))
+    models = None if arm.models is None else as_floats(routed_draws(arm.models, table))
+    return arm._replace(drafted=drafted, models=models, placement=name)
 
 
 def _arm(own: FittedDeployment, choice: DrafterChoice, classes, ranges: Ranges, budget, acceptance) -> Arm:
@@ -127,24 +131,28 @@ def largest_batch(arms: Sequence[Arm], asked: Question) -> float:
     return most
 
 
-def looking_at(arm: Arm, tails: Tails | None, asked: Question) -> Arm:
-    """The arm with what is looked at beyond means. Errors: :class:`InputError` where its energy is not known."""
-    if tails is None:
-        return arm
-    if "energy" in asked.looked_at:
-        prompt, output, _ = mean_request(asked.classes)
-        pair = server_of(arm.deployment).pair_at(Workload(prompt, output, concurrency=1.0))
-        if pair is None:
-            raise InputError(
-                f"energy: {NO_ENERGY} (drafter {arm.name}); allowed: with a verifier's config and hardware"
-            )
+def looking_at(arm: Arm, tails: Tails | None, asked: Question, drafts: bool = True) -> Arm:
+    """The arm, of which some points draft, with what is looked at beyond means. Errors: :class:`InputError` where its
+    energy or memory is not known."""
+    prompt, output, _ = mean_request(asked.classes)
+    server, mean = server_of(arm.deployment), Workload(prompt, output, concurrency=1.0)
+    pair, needed = server.pair_at(mean), [name for name in ("energy", MEMORY) if name in asked.looked_at]
+    if needed and pair is None:
+        raise InputError(f"{needed[0]}: {NO_PAIR} (drafter {arm.name}); allowed: with a verifier's config and hardware")
+    if tails is not None and "energy" in needed and pair is not None:
         tails = replace(tails, pair_json=json.dumps(pair.to_dict(), sort_keys=True))
-    return arm._replace(drafted=arm.drafted._replace(tails=tails))
+    drafted, use = arm.drafted._replace(tails=tails), None
+    if MEMORY in needed:
+        budget = drafted.max_batched_tokens
+        use = as_floats(server.memory_use(mean, None if budget is None else float(budget), drafts=drafts))
+        if pair is not None and pair.drafter is None and arm.size != drafted.reference_size:
+            raise InputError(f"memory: drafter {arm.name}: the weights of the drafter that was measured are not known")
+    return arm._replace(drafted=drafted._replace(memory=use))
 
 
 def with_percentiles(arm: Arm, point: Scored, load: float, asked: Question) -> Scored:
-    """One point at a ``load`` [req/s] of one replica, with the percentiles looked at, of each class and of all."""
-    if not asked.percentiles:
+    """Points at a ``load`` [req/s] of one replica, with the percentiles looked at, of each class and of all."""
+    if all(of_all(metric) in point.metrics for metric in asked.percentiles):
         return point
     assert arm.drafted.tails is not None
     nothing = {"limits": (), "bounds": jnp.zeros(0), "within": (), "within_bounds": jnp.zeros((0, len(asked.classes)))}

@@ -42,6 +42,16 @@ class Contender(NamedTuple):
         return *self.point.key, float(self.point.replicas[0])
 
     @property
+    def keeps(self) -> bool:
+        """Whether the load is served within the limits."""
+        return not (self.point.saturated[0] or self.point.worst[0] > 0)
+
+    @property
+    def broken(self) -> bool:
+        """Whether the load is served, but not within the limits."""
+        return bool(self.point.worst[0] > 0 and not self.point.saturated[0])
+
+    @property
     def same(self) -> tuple:
         """What tells it from others."""
         return (self.arm, int(self.point.replicas[0]), *self.point.points[0].tolist())

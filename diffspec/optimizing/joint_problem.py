@@ -7,7 +7,8 @@ of a shape, or the real width of a regular tree while the problem is relaxed, an
     log sum over classes of share*weight*metric, or a weighted sum of metrics; minus log capacity for ``capacity``
 
 and limits are log excesses, of one class or of all requests; tails of latency, goodput and energy are those of
-:mod:`diffspec.optimizing.joint_tails`. The same functions serve the relaxed solver
+:mod:`diffspec.optimizing.joint_tails`. Memory is :class:`diffspec.resources.MemoryUse` with the batch at its cap, its
+requests of each class as often as in service. The same functions serve the relaxed solver
 (reals, gradients) and the exact evaluation (whole numbers, many at once).
 """
 
@@ -30,9 +31,10 @@ from diffspec.latency_distribution import PERCENTILE_METRICS
 from diffspec.optimizing.catalogue import RequestClass
 from diffspec.optimizing.joint_tails import UNKNOWN, Tails, of_all, of_objective, tail_name
 from diffspec.optimizing.limits import OBJECTIVES, Limit
-from diffspec.optimizing.question import SPENT
+from diffspec.optimizing.question import MEMORY, SPENT
 from diffspec.optimizing.servers import hours_per_million
 from diffspec.programs import program
+from diffspec.resources import MemoryUse
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import ServingModel
 from diffspec.tree_shapes import RegularTreeAcceptance, ShapeAcceptance
@@ -95,7 +97,7 @@ class Drafted(NamedTuple):
 
     ``shapes``: (rates [classes, shapes, 32], nodes [shapes], depth [shapes]) of a drafter that draws trees;
     ``candidates``: of each class [depths, ranks], while the tree is relaxed; ``hourly``: price of a replica's hour;
-    ``tails``: what is looked at beyond means
+    ``tails``: what is looked at beyond means; ``memory``: what lies in that of a device, where that is limited
     """
 
     serving: ServingModel
@@ -109,6 +111,7 @@ class Drafted(NamedTuple):
     candidates: Any = None
     hourly: Any = None
     tails: Tails | None = None
+    memory: MemoryUse | None = None
 
 
 class Shapes(NamedTuple):
@@ -199,6 +202,11 @@ def predicted(drafted: Drafted, shapes: Shapes, load, point):
     if drafted.hourly is not None:
         output = jnp.sum(shapes.share * shapes.output_length)
         metrics[COST] = jnp.full(count, drafted.hourly * hours_per_million(1.0, load, output))
+    if drafted.memory is not None:
+        in_service = found.effective_batch_size / jnp.sum(found.effective_batch_size)
+        held = shapes.prompt_length + 0.5 * shapes.output_length * (1.0 + shapes.output_scv)
+        used = drafted.memory.gigabytes(cap * (in_service @ held), jnp.max(lengths) > 0, configs[0].drafter_scale)
+        metrics[MEMORY] = jnp.full(count, used)
     if drafted.tails is not None:
         weight = jnp.asarray(shapes.weight)
         metrics |= drafted.tails.metrics(drafted.serving, workloads, configs, found, weight)
@@ -206,12 +214,12 @@ def predicted(drafted: Drafted, shapes: Shapes, load, point):
 
 
 def over_all(name: str, metrics, share):
-    """A metric of all requests: their mean; capacity, throughput and goodput add up, utilization, cost and energy are
-    those of all; a percentile is that of all."""
+    """A metric of all requests: their mean; capacity, throughput and goodput add up, utilization, cost, energy and
+    memory are those of all; a percentile is that of all."""
     values = metrics[of_all(name) if name in PERCENTILE_METRICS else name]
     if name in ADDED_UP:
         return values.sum(-1)
-    shared = name in ("utilization", *SPENT) or name in PERCENTILE_METRICS
+    shared = name in ("utilization", *SPENT, MEMORY) or name in PERCENTILE_METRICS
     return values[..., 0] if shared else (values * share).sum(-1)
 
 

@@ -14,7 +14,7 @@ from diffspec.optimizing.joint_problem import ClassLimit, Objective, Shapes, par
 from diffspec.optimizing.joint_search import STARTS, Ranges
 from diffspec.optimizing.joint_tails import Tails
 from diffspec.optimizing.limits import LIMITED, check_loads, parse_limit
-from diffspec.optimizing.question import PER_REQUEST, SPENT, check_within
+from diffspec.optimizing.question import MEMORY, PER_REQUEST, SPENT, check_within
 from diffspec.percentiles import states_for
 from diffspec.results import InputError
 from diffspec.serving import MOST_STATES
@@ -23,7 +23,7 @@ from diffspec.workload import check_range
 MOST_POINTS, MOST_TAILS, MOST_PERCENTILES = 1_000_000, 100_000, 10_000
 """Whole points of all loads that are evaluated one by one: by their means, by tails of latency too, and by a percentile
 as the objective; above it the relaxed and rounded answer stands alone."""
-LIMITED_OF_ALL = (*LIMITED, *PERCENTILE_METRICS, "goodput", *SPENT, *PER_REQUEST)
+LIMITED_OF_ALL = (*LIMITED, *PERCENTILE_METRICS, "goodput", *SPENT, MEMORY, *PER_REQUEST)
 
 
 class Question(NamedTuple):
@@ -65,6 +65,11 @@ class Question(NamedTuple):
     def percentiles(self) -> tuple[str, ...]:
         """The percentiles of the objective and of limits, each once."""
         return tuple(name for name in PERCENTILE_METRICS if name in self.looked_at)
+
+    @property
+    def tailed(self) -> bool:
+        """Whether there are limits on percentiles."""
+        return any(entry.limit.percentile is not None for entry in self.limits)
 
     @property
     def most_points(self) -> int:

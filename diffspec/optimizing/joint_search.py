@@ -226,13 +226,14 @@ def as_reals(arm: Arm, ranges: Ranges, x: np.ndarray, classes: int, sizes=None) 
 
 
 class Scored(NamedTuple):
-    """Whole points of one drafter, evaluated: points [n, C + 3], metrics [n, C], cost [n] and its ``level`` [n], the
-    same of costs that count as equal, worst log excess [n], saturated [n], and the replicas that share the load [n]."""
+    """Whole points of one drafter, evaluated: points [n, C + 3], metrics [n, C], log cost [n] and up to which distance
+    from the least it counts as ``equal`` [n], worst log excess [n], saturated [n], log of the mean e2e latency [n], and
+    the replicas that share the load [n]."""
 
     points: np.ndarray
     metrics: dict[str, np.ndarray]
     cost: np.ndarray
-    level: np.ndarray
+    equal: np.ndarray
     worst: np.ndarray
     saturated: np.ndarray
     e2e: np.ndarray
@@ -240,9 +241,13 @@ class Scored(NamedTuple):
 
     @property
     def rank(self) -> np.ndarray:
-        """What is made small: the cost of feasible points, then the worst excess, then the overload."""
+        """What is made small: the cost of feasible points, the same of those that count as equal to the least, then the
+        worst excess, then the overload."""
         beyond = 1e6 + np.maximum(self.metrics["utilization"][:, 0] - 1.0, 0.0)
-        return np.where(self.saturated, 1e6 * beyond, np.where(self.worst > 0, 1e6 * (1.0 + self.worst), self.level))
+        kept = ~self.saturated & (self.worst <= 0)
+        least = np.min(self.cost, where=kept, initial=np.inf)
+        level = np.where(self.cost <= least + self.equal, least, self.cost)
+        return np.where(self.saturated, 1e6 * beyond, np.where(self.worst > 0, 1e6 * (1.0 + self.worst), level))
 
     @property
     def key(self) -> tuple[float, float]:
@@ -261,15 +266,20 @@ def score(arm: Arm, shapes: Shapes, goal, limits, load, points, replicas: int = 
     """Points (lengths, cap, tree) at a ``load`` [req/s] of one of ``replicas``, evaluated."""
     points = np.column_stack([points, np.full(len(points), math.log(arm.size))])
     metrics, saturated = evaluate_points(arm.drafted._replace(candidates=None), shapes, load, points)
+    return scored(points, metrics, saturated, shapes, goal, limits, replicas)
+
+
+def scored(points, metrics, saturated, shapes: Shapes, goal, limits, replicas: int) -> Scored:
+    """Points with their ``metrics`` [n, C] as :class:`Scored`."""
     found = [np.asarray(values) for values in excesses(limits, metrics, shapes.share, float(replicas))]
     worst = np.max(found, axis=0) if found else np.full(len(points), -1.0)
     cost = np.asarray(cost_of(goal, metrics, shapes))
     if goal.made_large:
         cost = cost - math.log(replicas)
     worst = np.where(unmet(goal, metrics, cost), np.maximum(worst, HOPELESS), worst)
-    level = np.round(cost / EQUAL) * EQUAL if goal.flat else cost  # of those that agree the least latency
+    equal = np.full(len(points), EQUAL if goal.flat else 0.0)  # of those that agree the least latency
     e2e = np.log(over_all("e2e_mean", metrics, shapes.share))
-    return Scored(points, metrics, cost, level, worst, saturated, e2e, np.full(len(points), replicas))
+    return Scored(points, metrics, cost, equal, worst, saturated, e2e, np.full(len(points), replicas))
 
 
 def rounded(arm, shapes, goal, limits, load, ranges: Ranges, real: Relaxed, replicas: int = 1) -> Scored:
@@ -289,17 +299,16 @@ def rounded(arm, shapes, goal, limits, load, ranges: Ranges, real: Relaxed, repl
     found = score(arm, shapes, goal, limits, load, np.asarray(points, dtype=float), replicas)
     while True:
         best = found.points[found.order[0]]
-        around = _neighbours(arm, ranges, best, count)
+        around = point_neighbours(arm, ranges, best, count)
         if not around:
             return found
         further = score(arm, shapes, goal, limits, load, np.asarray(around, dtype=float), replicas)
-        better = further.key < found.key
         found = joined(found, further)
-        if not better:
+        if np.array_equal(found.points[found.order[0]], best):
             return found
 
 
-def _neighbours(arm: Arm, ranges: Ranges, best: np.ndarray, count: int) -> list[list[float]]:
+def point_neighbours(arm: Arm, ranges: Ranges, best: np.ndarray, count: int) -> list[list[float]]:
     """One step in the length of one class, in the depth or the nodes of a tree, or in the cap."""
     caps, (cap, tree) = np.asarray(ranges.caps), best[count : count + 2]
     at = int(np.searchsorted(caps, cap))

@@ -58,6 +58,15 @@ class Limit(NamedTuple):
         """log(value/bound) for an upper limit, its negative for a lower one: > 0 where the limit is broken."""
         return self.sign * (_log(value) - math.log(self.bound))
 
+    def told(self, value: float | None) -> dict[str, float | None]:
+        """A ``value`` that breaks it as plain data: beside the ``bound``, and by which share it does (``excess``).
+
+        >>> Limit("ttft_mean", 1, 0.5).told(0.75)["excess"]
+        0.5
+        """
+        share = None if value is None else self.sign * (value / self.bound - 1.0)
+        return {"value": value, "bound": self.bound, "excess": share}
+
 
 def _log(value):
     """Of numpy's arrays without a program for each of their shapes."""
@@ -68,7 +77,7 @@ def _log(value):
 
 
 def parse_limit(text: str, allowed: Sequence[str] = LIMITED) -> Limit:
-    """Read ``metric<bound`` or ``metric>bound`` (seconds, req/s or a fraction) of one of the ``allowed`` metrics.
+    """Read ``metric<bound`` or ``metric>bound`` (s, req/s, GB or a fraction) of one of the ``allowed`` metrics.
 
     Errors: :class:`InputError` naming what was got and what is allowed.
 
@@ -91,9 +100,21 @@ def parse_limit(text: str, allowed: Sequence[str] = LIMITED) -> Limit:
         raise InputError(f"limit {text!r}: got bound {number!r}; allowed: a number above 0")
     if metric in PERCENTILE_METRICS and comparison.startswith(">"):
         raise InputError(f"limit {text!r}: a percentile is limited from above: {metric}<NUMBER")
+    if metric == "memory" and comparison.startswith(">"):
+        raise InputError(f"limit {text!r}: memory is limited from above, in GB: memory<NUMBER")
     if metric in MAXIMISED and comparison.startswith("<"):
         raise InputError(f"limit {text!r}: a throughput is limited from below: {metric}>NUMBER")
     return Limit(metric, 1 if comparison.startswith("<") else -1, bound)
+
+
+def of_rate(limits: Sequence[Limit]) -> tuple[tuple[Limit, ...], float]:
+    """(the limits that a lower rate may keep, the least bound on memory [GB], which it does not; infinite for none).
+
+    >>> of_rate([Limit("memory", 1, 72.0), Limit("ttft_mean", 1, 0.5)])
+    ((Limit(metric='ttft_mean', sign=1, bound=0.5),), 72.0)
+    """
+    held = [limit.bound for limit in limits if limit.metric == "memory"]
+    return tuple(limit for limit in limits if limit.metric != "memory"), min(held, default=math.inf)
 
 
 def beyond(excesses: Sequence, limits: Sequence[Limit], bounds) -> list:

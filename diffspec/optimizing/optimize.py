@@ -73,8 +73,9 @@ def optimize(
 
     * ``loads`` [req/s or req], increasing; ``loop``: ``arrival_rate`` (open) or ``concurrency`` (closed)
     * ``slo``: limits on means, ``"ttft_mean<0.5"`` (s), percentiles, ``"ttft_p95<0.5"`` (p50, p90, p95, p99 of ttft,
-      tpot, itl, e2e), ``throughput``, ``goodput``, ``utilization``, ``energy`` and ``cost``; ``"ttft<0.5"`` (of ttft,
-      tpot, e2e): one that each request keeps or not, which goodput counts
+      tpot, itl, e2e), ``throughput``, ``goodput``, ``utilization``, ``energy``, ``cost`` and ``memory`` (GB of a device
+      with the batch at its cap, :class:`diffspec.resources.MemoryUse`); ``"ttft<0.5"`` (of ttft, tpot, e2e): one that
+      each request keeps or not, which goodput counts
     * ``objective``: one of those metrics but utilization; throughput and goodput [req/s] are made large, all others
       small. ``energy`` [J] and ``cost`` are per million output tokens, of one replica
     * ``cost_per_hour``: of a device, one number or by hardware (:func:`diffspec.optimizing.servers.prices`);
@@ -134,7 +135,7 @@ def optimize(
     serving = on_captured_sizes(smooth, capture_sizes)
     server = server or server_of(deployment, max_batched_tokens)
     price = prices([server], cost_per_hour)[0]
-    every = EveryLength(question, max_draft_length, workloads, config, server, price)
+    every = EveryLength(question, max_draft_length, workloads, config, server, price, max_batched_tokens)
     report("every draft length", 0.1)
     metrics, saturated = every.values(serving)
     plain_known = deployment.plain_measured
@@ -243,7 +244,7 @@ def _choose(load, metrics, saturated, limits, objective, relaxed, risky) -> dict
         penalty = np.where(saturated, 1e6 + np.maximum(metrics["utilization"] - 1.0, 0.0), np.minimum(worst, 1e5))
         nearest = int(np.argmin(penalty)) if risky is None else int(np.argmax(risky[2]))
         broken: dict[str, Any] = {
-            limit.text: {"value": finite(metrics[limit.metric][nearest]), "bound": limit.bound}
+            limit.text: limit.told(finite(metrics[limit.metric][nearest]))
             for limit in limits
             if saturated[nearest] or float(limit.excess(metrics[limit.metric][nearest])) > 0
         }

@@ -27,8 +27,10 @@ PER_REQUEST = ("ttft", "tpot", "e2e")
 """Limits that a single request keeps or not, which goodput counts."""
 SPENT = ("energy", "cost")
 """Per million output tokens: J, and money."""
+MEMORY = "memory"
+"""GB in use on each of the verifier's devices with the batch at its cap: :class:`diffspec.resources.MemoryUse`."""
 ALL_OBJECTIVES = (*OBJECTIVES, *PERCENTILE_METRICS, "goodput", *SPENT)
-ALL_LIMITED = (*LIMITED, *PERCENTILE_METRICS, "goodput", *SPENT, *PER_REQUEST)
+ALL_LIMITED = (*LIMITED, *PERCENTILE_METRICS, "goodput", *SPENT, MEMORY, *PER_REQUEST)
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class Question:
 
     @property
     def spent(self) -> tuple[str, ...]:
-        """Those of energy and cost that are looked at."""
-        return tuple(name for name in self.metrics if name in SPENT)
+        """Those of energy, cost and memory that are looked at."""
+        return tuple(name for name in self.metrics if name in (*SPENT, MEMORY))
 
 
 def check_within(within: Sequence[tuple[str, Limit]], goodput: bool) -> None:

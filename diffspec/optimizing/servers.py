@@ -29,7 +29,7 @@ from diffspec.fitting.principles import KEY
 from diffspec.hardware import accelerator
 from diffspec.parameters import Scalar
 from diffspec.request_mix import mean_step, request_mix
-from diffspec.resources import MemoryPlan, memory_plan
+from diffspec.resources import BATCHED_TOKENS, MemoryPlan, MemoryUse, memory_plan
 from diffspec.results import InputError
 from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.step_time import AbstractStepTime
@@ -40,6 +40,11 @@ USUAL_CAP = 256.0
 HALVINGS = 4
 """How often the batch cap is halved, for smaller ones that are compared."""
 MILLION, HOUR = 1e6, 3600.0
+NO_PAIR = "neither the fit nor the question names a verifier's config and its hardware"
+ENDLESS = 1e15
+"""A KV cache [tok] that is not known to end."""
+COPIES = "expert_copies_bytes"
+"""Where a deployment's defaults keep what further copies of experts take of each device [B]."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,40 @@ class Server:
         return replace(
             self.pair, prompt_length=float(workload.prompt_length), output_length=float(workload.output_length)
         )
+
+    def memory_use(self, workload: Workload, max_batched_tokens: float | None, *, drafts: bool = True) -> MemoryUse:
+        """What lies in the memory of a device while it serves requests of these lengths.
+
+        Errors: :class:`InputError` where architecture and hardware are not known, or the drafter of one that
+        ``drafts``."""
+        pair, kept = self.pair_at(workload), self.deployment.defaults
+        if pair is None:
+            raise InputError(
+                f"memory: {NO_PAIR} ({self.deployment.name}); allowed: with --verifier config.json and --hardware NAME"
+            )
+        if drafts and not pair.drafter_kind:
+            raise InputError(
+                f"memory: the drafter of {self.deployment.name!r} is not known; allowed: with --drafter config.json or "
+                "--drafter-kind (ngram: a lookup, which has no weights)"
+            )
+        tokens = BATCHED_TOKENS if max_batched_tokens is None else max_batched_tokens
+        plan = memory_plan(pair, batched_tokens=tokens)
+        return MemoryUse(
+            plan.verifier_bytes + kept.get(COPIES, 0.0) + plan.activation_bytes + plan.reserve_bytes,
+            plan.drafter_bytes,
+            plan.kv_bytes_per_token,
+            plan.drafter_kv_bytes_per_token,
+            float(kept.get("kv_capacity_tokens") or plan.kv_capacity_tokens),
+        )
+
+    def gigabytes(self, workload: Workload, config: Configuration, max_batched_tokens: float | None) -> float:
+        """Memory [GB] in use on a device with the batch at the cap of ``config``."""
+        drafts = float(config.draft_length) > 0  # type: ignore[arg-type]
+        use = self.memory_use(workload, max_batched_tokens, drafts=drafts)
+        held = workload.prompt_length + 0.5 * workload.output_length * (1.0 + workload.output_scv)
+        cache = config.kv_capacity_tokens
+        use = use if cache is None or cache >= ENDLESS else use._replace(most_tokens=float(cache))  # type: ignore[arg-type]
+        return float(use.gigabytes(config.max_batch_size * held, drafts, config.drafter_scale))
 
     def draws(self, count: int) -> ServingModel | None:
         """Serving models drawn from what is not known, with a leading axis; None where nothing tells."""
@@ -126,7 +165,7 @@ class Server:
         cache = config.kv_capacity_tokens
         if draft_length == 0 and self.plain_plan is not None:
             cache = max(self.plain_plan.kv_capacity_tokens, 1.0)
-        kept = 1e15 if cache is None else float(cache)
+        kept = ENDLESS if cache is None else float(cache)
         return replace(config, draft_length=float(draft_length), kv_capacity_tokens=kept)
 
 

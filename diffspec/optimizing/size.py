@@ -16,17 +16,18 @@ from diffspec.acceptance import MAX_DRAFT_LENGTH, AbstractAcceptance
 from diffspec.analysis.before_traces import DOES_NOT_FIT, Unmeasured
 from diffspec.analysis.intervals import NO_INTERVALS
 from diffspec.fitting.deployment import FittedDeployment
-from diffspec.optimizing.candidates import NO_ENERGY, Candidates, candidates
+from diffspec.optimizing.candidates import Candidates, candidates
 from diffspec.optimizing.curve import capacity_curve, knob_range
 from diffspec.optimizing.drawn_rates import drawn_rates, rate_intervals
 from diffspec.optimizing.lanes import LEAST, LargestRates, largest_rates, limited_values
-from diffspec.optimizing.limits import LIMITED, PERCENTILE_METRICS, Limit, parse_limit
+from diffspec.optimizing.limits import LIMITED, PERCENTILE_METRICS, Limit, of_rate, parse_limit
 from diffspec.optimizing.pareto import pareto
-from diffspec.optimizing.servers import USUAL_CAP, Server, prices, server_of
+from diffspec.optimizing.question import MEMORY
+from diffspec.optimizing.servers import NO_PAIR, USUAL_CAP, Server, prices, server_of
 from diffspec.results import InputError
 from diffspec.workload import Workload, check_range
 
-SIZED = (*(name for name in LIMITED if name != "throughput"), *PERCENTILE_METRICS)
+SIZED = (*(name for name in LIMITED if name != "throughput"), *PERCENTILE_METRICS, MEMORY)
 MINIMISED = ("cost", "device_hours", "energy")
 SHORTLIST = 8
 """Candidates, the best at the centre, whose draws are looked at where a risk is asked for, beside the best without
@@ -66,7 +67,8 @@ def size(
     * ``subjects``: a fitted deployment, what was not measured (:func:`diffspec.analysis.before_traces.before_traces`,
       :func:`~diffspec.analysis.before_traces.moved`), or several: one for each hardware and tensor parallelism
     * ``slo``: upper limits on means, ``"ttft_mean<0.5"``, percentiles, ``"ttft_p95<0.5"`` (p50, p90, p95, p99 of ttft,
-      tpot, itl, e2e; s), or ``"utilization<0.8"``; without any, stability alone
+      tpot, itl, e2e; s), ``"utilization<0.8"``, or ``"memory<72"`` (GB of a device with the batch at its cap,
+      :class:`diffspec.resources.MemoryUse`); without any, stability alone
     * ``headroom`` [1]: share of the largest rate within limits to leave unused
     * ``max_batch_size`` [req]: the batch cap; by default the deployment's own and its halves are compared
     * ``burst_scv`` [1]: squared coefficient of variation of the gaps between a replica's arrivals, 1: Poisson
@@ -144,7 +146,14 @@ def size(
     kept, priced = [servers[place] for place in fitting], [priced[place] for place in fitting]
     aim = _aim(minimise, kept, priced)
     pool = candidates(kept, priced, workload, max_draft_length, max_batch_size, [*_columns(limits), latency], ask)
-    found = largest_rates(pool.lanes, limits)
+    rated, most = of_rate(limits)
+    limits = (*rated, *(limit for limit in limits if limit.metric == MEMORY))
+    found = largest_rates(pool.lanes, rated)
+    if pool.memory is not None:
+        keeps = pool.memory <= most
+        found = found._replace(
+            rate=np.where(keeps, found.rate, 0.0), binding=np.where(keeps, found.binding, len(rated))
+        )
 
     def sized_at(rates, whole: bool = True):
         known = whole or aim == "energy"
@@ -156,7 +165,7 @@ def size(
     if risk is not None and ranked:
         report("the rate that enough draws sustain", 0.4)
         looked = dict.fromkeys([*ranked[:SHORTLIST], *[at for at in ranked if pool.draft_length[at] == 0][:1]])
-        drawn = drawn_rates(pool, list(looked), limits)
+        drawn = drawn_rates(pool, list(looked), rated)
         sure = np.zeros(len(found.rate))
         for place, rates in drawn.items():
             if not len(rates):
@@ -173,7 +182,7 @@ def size(
         return answer | {"infeasible": _infeasible(pool, centre, limits, found, drawn, risk)}
     report("Pareto front", 0.8)
     best, plain = ranked[0], next((place for place in ranked if pool.draft_length[place] == 0), None)
-    rates = drawn[best] if drawn else drawn_rates(pool, [best], limits)[best]
+    rates = drawn[best] if drawn else drawn_rates(pool, [best], rated)[best]
     fields = {name: float(getattr(workload, name)) for name in ("prompt_length", "output_length")}
     fields["arrival_rate"] = sized[best]["arrival_rate"]
     length = float(pool.draft_length[best])
@@ -218,8 +227,8 @@ def _check(target_rate, headroom, max_draft_length, burst_scv, minimise, latency
         raise InputError(f"max_draft_length: got {max_draft_length!r}; allowed: 0 to {MAX_DRAFT_LENGTH}")
     if minimise is not None and minimise not in MINIMISED:
         raise InputError(f"minimise: got {minimise!r}; allowed: {', '.join(MINIMISED)}")
-    if latency not in SIZED or latency == "utilization":
-        allowed = ", ".join(name for name in SIZED if name != "utilization")
+    if latency not in SIZED or latency in ("utilization", MEMORY):
+        allowed = ", ".join(name for name in SIZED if name not in ("utilization", MEMORY))
         raise InputError(f"latency: got {latency!r}; allowed: {allowed}")
     if risk is not None and not 0 < risk < 1:
         raise InputError(f"risk: got {risk!r}; allowed: (0, 1), the share of draws that must sustain the rate")
@@ -244,7 +253,7 @@ def _entry(pool: Candidates, sized: Sequence[dict[str, Any]], place: int, metric
     """One candidate in full, with every limited metric at its rate."""
     entry = sized[place]
     shown = entry["metrics"] | pool.at_limits(place, metrics, entry["arrival_rate"])
-    return entry | {"metrics": shown, "energy_reason": NO_ENERGY if entry["energy"] is None else None}
+    return entry | {"metrics": shown, "energy_reason": NO_PAIR if entry["energy"] is None else None}
 
 
 def _gain(best: Mapping[str, Any], plain: Mapping[str, Any], aim: str) -> dict[str, Any]:
@@ -274,7 +283,8 @@ def _nearest(pool: Candidates, limits: Sequence[Limit], found: LargestRates) -> 
     """The candidate that misses its limits by the least without load, by the largest value/bound."""
     if (found.rate > 0).any():  # feasible at the centre, not at the risk asked for
         return int(np.argmax(found.rate))
-    values = limited_values(pool.lanes, _columns(limits), LEAST * found.capacity)
+    values = limited_values(pool.lanes, _columns(of_rate(limits)[0]), LEAST * found.capacity)
+    values |= {} if pool.memory is None else {MEMORY: pool.memory}
     worst = np.max([np.nan_to_num(values[limit.metric] / limit.bound) for limit in limits], axis=0)
     return int(np.argmin(worst))
 

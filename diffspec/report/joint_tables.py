@@ -59,7 +59,19 @@ def joint(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
     for entry in answer["table"]:
         for limit, broken in entry["violations"].items():
             value = significant(broken["value"])
-            yield Text(f"at {entry['load']:g} req/s {limit} fails: {value}, allowed {significant(broken['bound'])}")
+            share = broken.get("excess")
+            by = "" if share is None else f", {percent(share)} beyond it at the nearest point"
+            yield Text(f"at {entry['load']:g} req/s {limit} fails: {value}, allowed {significant(broken['bound'])}{by}")
+    for entry in answer["table"]:
+        placed = entry.get("placed")
+        if placed and placed["searched"]:
+            values = [
+                _objective(answer["objective"], value) for value in (entry["objective"], placed["objective_before"])
+            ]
+            yield Text(
+                f"at {entry['load']:g} req/s the placement was looked for at this decision: {answer['objective']} "
+                f"{values[0]} instead of {values[1]}, busiest rank {significant(placed['max_rank_load'])}"
+            )
     sizes = [entry for entry in answer["table"] if entry["drafter_size"]]
     if sizes:
         told = "; ".join(

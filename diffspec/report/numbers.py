@@ -57,7 +57,7 @@ def quantity(value: float | int | None, unit: str) -> str:
 
 
 METRIC_UNITS = {"throughput": "req/s", "utilization": "1", "capacity": "req/s", "goodput": "req/s", "cost": "1"}
-METRIC_UNITS |= {"energy": "J"}
+METRIC_UNITS |= {"energy": "J", "memory": "GB"}
 
 
 def metric_value(name: str, value: float | int | None) -> str:
