@@ -2,10 +2,10 @@
 
     python experiments/09_speed/memory.py
 
-Whole: `jax.vmap`. In chunks: `diffspec.chunked_vmap`, one program over 2,048 systems after another; `--one 1000000 "value
-and gradient" "chunks, donated"` lets the answer take the argument's place. `temporary` is what XLA reserves for the
-program beside its argument and its answer; `peak` is by how much the resident memory of the process, which holds the
-argument by then, rises at most while it runs (Linux: VmHWM, reset before). Writes memory.json beside itself.
+Whole: `jax.vmap`. In chunks: `diffspec.chunked_vmap`, one program over 2,048 systems after another; `--one 1000000
+"value and gradient" "chunks, donated"` lets the answer take the argument's place. `temporary` is what XLA reserves for
+the program beside its argument and its answer; `peak` is by how much the resident memory of the process, which holds
+the argument by then, rises at most while it runs (Linux: VmHWM, reset before). Writes memory.json beside itself.
 """
 
 import argparse
