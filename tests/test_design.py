@@ -158,6 +158,7 @@ def test_a_run_adds_the_information_that_a_fit_counts(problem):
     assert_close(expected, told, rtol=1e-6, atol=1e-9 * np.abs(told).max())
 
 
+@pytest.mark.slow
 def test_refits_with_the_planned_runs_scatter_as_expected(problem):
     """Refits by scipy to scattered measurements of the old and the planned runs, and scattered priors: the spread of
     what they predict is what a design expects of the planned runs."""

@@ -129,7 +129,8 @@ def commands_of(workflow: str) -> list[str]:
 
 def test_the_workflow_is_what_a_merge_needs():
     assert commands_of("ci.yml") == [".ci/run"]
-    assert commands_of("docs.yml") == ["pip install -e '.[docs]'", "mkdocs build --strict"]
+    checked = "pytest -m slow tests/test_documents.py"
+    assert commands_of("docs.yml") == ["pip install -e '.[docs,test]'", "mkdocs build --strict", checked]
 
 
 def test_the_citation_names_this_version():

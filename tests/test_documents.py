@@ -185,6 +185,7 @@ def in_order(html: str) -> str:
     return re.sub("<li>.*?</li>", lambda found: items.pop(0), html)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_shows_what_it_shows_now(path, folder, monkeypatch):
     """Each cell, without Jupyter: the same words, and numbers within one unit of their last digit, or 1 %, because the

@@ -381,6 +381,7 @@ def test_rounding_keeps_slots_and_copies():
 # --- together with the draft length ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_small_problems_are_solved_to_the_optimum(small):
     """Every placement and draft length by the exact routing, without tables or tricks."""
     deployment, loads, _, answer = small

@@ -272,6 +272,7 @@ def test_drafters_and_objectives_that_cannot_be_read_are_refused(deployment):
         optimize_jointly(deployment, loads=[2.0, 1.0], classes=(CHAT,))
 
 
+@pytest.mark.slow
 def test_the_command_decides_jointly(deployment, tmp_path, capsys):
     assert main(["optimize", "--template"]) == 0
     first, second = capsys.readouterr().out.split("---\n")

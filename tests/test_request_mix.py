@@ -102,6 +102,7 @@ def test_a_class_cut_in_two_is_the_same_class():
     assert float(jnp.sum(cut.effective_batch_size)) == pytest.approx(float(whole.effective_batch_size[0]), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_percentiles_of_classes_that_are_alike_are_those_of_one_workload():
     """One class, and the same cut in two, under a cap at which requests wait and a token budget."""
     load, prompt, output, k, alpha = CLASSES[0]

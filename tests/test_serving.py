@@ -462,7 +462,8 @@ def latency_of_a_run(rate, cap):
 BACKWARDS, FORWARDS = jax.jit(jax.grad(latency_of_a_run)), jax.jit(jax.jacfwd(latency_of_a_run))
 
 
-@pytest.mark.parametrize("cap", [pytest.param(128.0, marks=pytest.mark.slow), 1024.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("cap", [128.0, 1024.0])
 def test_single_precision_has_gradients_where_nobody_waits(cap):
     """A run of fewer requests than places has no wait, whose derivative must not be 0*inf."""
     expected = float(BACKWARDS(5.0, cap))

@@ -368,6 +368,7 @@ def answer_of(*arguments, code: int = 0) -> dict:
 BUDGET = ("--max-batched-tokens", "256")
 
 
+@pytest.mark.slow
 def test_a_token_budget_and_prefix_hits_are_used_before_any_trace():
     question = ("predict", *CLI_PAIR, "--hardware", "h200", *CLI_LOAD, *CLI_DRAFT)
     plain, split, cached = (answer_of(*question, *extra) for extra in ((), BUDGET, ("--prefix-hit-rate", "0.9")))
