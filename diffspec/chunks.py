@@ -1,4 +1,4 @@
-"""Many systems at once, a chunk at a time on every device: as much memory as a chunk needs, and the speed of a cache.
+"""Many systems at once, a chunk at a time on every device: the work space of a chunk, and the speed of a cache.
 
 ``jax.vmap`` writes each intermediate number of all systems to memory and reads it back; the dozens of small programs
 that an equilibrium with gradients becomes then wait for memory, not for arithmetic. A chunk of a few thousand systems
@@ -6,6 +6,7 @@ stays in a core's own cache. Measured by experiments/09_speed/limit.py.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +19,23 @@ CHUNK = 2048
 """Systems of one chunk: an intermediate array of it takes 16 kB."""
 
 
-def chunked_vmap(function: Callable, *, chunk: int = CHUNK, devices: Sequence[jax.Device] | None = None) -> Callable:
+def chunked_vmap(function: Callable, *, chunk: int = CHUNK, devices: Sequence[Any] | None = None) -> Callable:
     """As ``jax.vmap(function)``: maps over the leading axis of all leaves of all positional arguments.
 
     Rows are laid over ``devices`` (default: all of them), the last one repeated to fill each; a device goes through its
-    rows ``chunk`` at a time. Values and derivatives are those of ``jax.vmap``, to rounding. Use it under ``jax.jit``. A
+    rows ``chunk`` at a time. Values and derivatives are those of ``jax.vmap``, to rounding. Use it under ``jax.jit``,
+    and on gradients (``chunked_vmap(jax.grad(function))``): the gradient of a sum over it keeps what all chunks left. A
     CPU is one device unless told otherwise before JAX starts: ``jax.config.update("jax_num_cpu_devices", cores)`` lets
-    every core go through chunks of its own.
+    every core go through chunks of its own; there, arguments may not be bound to one device, nor calls nested.
 
-    Errors: :class:`InputError` where ``chunk`` is below 1, or leading axes are missing or differ.
+    Errors: :class:`InputError` where ``chunk`` is no whole number from 1, or leading axes are missing or differ.
 
     >>> import jax.numpy as jnp
     >>> square = chunked_vmap(lambda x: x["a"] ** 2, chunk=2)
     >>> square({"a": jnp.arange(5.0)}).tolist()
     [0.0, 1.0, 4.0, 9.0, 16.0]
     """
-    if chunk < 1:
+    if not isinstance(chunk, int) or chunk < 1:
         raise InputError(f"chunk: got {chunk}; allowed: a whole number from 1")
     found = list(jax.devices() if devices is None else devices)
     by_rows = PartitionSpec("rows")
@@ -49,7 +51,7 @@ def chunked_vmap(function: Callable, *, chunk: int = CHUNK, devices: Sequence[ja
         missing = -count % len(found)
         if missing:
             arguments = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[-1:].repeat(missing, 0)]), arguments)
-        if len(found) == 1:
+        if devices is None and len(found) == 1:
             return on_one(arguments)
         mesh = Mesh(np.asarray(found), ("rows",))
         spread = jax.shard_map(on_one, mesh=mesh, in_specs=by_rows, out_specs=by_rows, check_vma=False)

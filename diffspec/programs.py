@@ -6,7 +6,9 @@ static arguments, the structure, shapes and types of the others, all of diffspec
 JAX and XLA, and the processor. Only the command line keeps programs (:func:`diffspec.cli.prepare.prepare_jax`); for
 everybody else :func:`program` is ``jax.jit``, and so it is wherever anything at all goes wrong.
 
-An entry is machine code that is run: the folder deserves the trust that JAX's cache beside it needs.
+An entry is machine code that is run: the folder deserves the trust that JAX's cache beside it needs. Nothing is kept
+where the sources are not files or have changed since they were read, or where an argument's class or function is
+neither ours nor of a package whose version is known; and only for one CPU device.
 """
 
 import contextlib
@@ -14,21 +16,27 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import io
 import os
 import pickle
 import platform
 import sys
+import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 """For programs that run a few times: compiling them is what takes time."""
 MOST_ENTRIES = 128
 """Programs that are kept, about a megabyte each; those that were not used for longest make room."""
 _PACKAGES = ("jax", "jaxlib", "equinox", "optax", "numpy")
+_KNOWN = {"diffspec", "builtins", "collections", "copyreg", "functools", "jaxtyping", *_PACKAGES}
+_HERE, _STARTED = Path(__file__).parent, time.time()
 _folder: Path | None = None
 
 
@@ -58,10 +66,10 @@ def program(*static: int, compiler_options: dict[str, Any] = FAST_COMPILE) -> Ca
 
         @functools.wraps(function)
         def call(*args):
-            if _folder is None:
-                return jitted(*args)
             given = tuple(arg for place, arg in enumerate(args) if place not in static)
             leaves, tree = jax.tree.flatten(given)
+            if _folder is None or any(isinstance(leaf, Tracer) for leaf in leaves):
+                return jitted(*args)
             asked = (_folder, tree, tuple(args[place] for place in static), tuple(map(jax.typeof, leaves)))
             if asked not in ready:
                 name = f"{function.__module__}.{function.__qualname__}"
@@ -80,24 +88,46 @@ def program(*static: int, compiler_options: dict[str, Any] = FAST_COMPILE) -> Ca
 def _entry(name: str, options: dict[str, Any], folder: Path, tree, static: tuple, types: tuple) -> Path | None:
     """Where the executable is kept; None for what cannot be told by value, and for anything but one CPU device."""
     try:
-        if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        if jax.default_backend() != "cpu" or jax.device_count() > 1 or changed(_HERE):
             return None
         shapes = [(str(kind.dtype), kind.shape, kind.weak_type) for kind in types]
         settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
         environment = sorted(pair for pair in os.environ.items() if pair[0].startswith("XLA_"))
         structure = jax.tree.unflatten(tree, range(tree.num_leaves))  # static fields by value, classes by full name
-        asked = pickle.dumps((name, options, static, structure, shapes, settings, environment))
-        key = hashlib.sha256(sources(Path(__file__).parent) + _platform() + asked).hexdigest()
+        asked = io.BytesIO()
+        _Pickler(asked, name).dump((name, options, static, structure, shapes, settings, environment))
+        key = hashlib.sha256(sources(_HERE) + _platform() + asked.getvalue()).hexdigest()
     except Exception:  # whatever has no value that can be told
         return None
     return folder / f"{name.rsplit('.', 1)[-1]}-{key[:40]}"
 
 
+class _Pickler(pickle.Pickler):
+    """Refuses classes and functions that may change without the key: those of neither us, the program's own package nor
+    one of known version."""
+
+    def __init__(self, file: io.BytesIO, name: str):
+        super().__init__(file)
+        self.known = {*_KNOWN, name.split(".")[0]}
+
+    def reducer_override(self, thing: Any) -> Any:
+        if isinstance(thing, type | types.FunctionType) and thing.__module__.split(".")[0] not in self.known:
+            raise pickle.PicklingError(f"{thing.__module__}.{thing.__qualname__} may be another one tomorrow")
+        return NotImplemented
+
+
+def changed(folder: Path) -> bool:
+    """Whether a Python file below a folder was written after this process began: it may have read the one before."""
+    return any(path.stat().st_mtime > _STARTED for path in folder.rglob("*.py"))
+
+
 @functools.cache
 def sources(folder: Path) -> bytes:
-    """Digest of all Python files below a folder: their names and what they hold."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    """Digest of all Python files below a folder: their names and what they hold. FileNotFoundError without any."""
+    digest, paths = hashlib.sha256(), sorted(folder.rglob("*.py"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no Python files")
+    for path in paths:
         text = path.read_bytes()
         digest.update(f"{path.relative_to(folder).as_posix()} {len(text)} ".encode() + text)
     return digest.digest()
@@ -142,6 +172,12 @@ def _stored(path: Path | None, jitted, args: tuple) -> Callable | None:
     from jax.experimental.compilation_cache import compilation_cache
     from jax.experimental.serialize_executable import serialize
 
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:  # before compiling without JAX's cache, which would else have it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+    except OSError:
+        return None
     used = jax.config.values["jax_enable_compilation_cache"]
     try:
         jax.config.update("jax_enable_compilation_cache", False)  # what was read from JAX's cache cannot be kept whole
@@ -150,17 +186,18 @@ def _stored(path: Path | None, jitted, args: tuple) -> Callable | None:
     finally:
         jax.config.update("jax_enable_compilation_cache", used)
         compilation_cache.reset_cache()
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         executable, _, tree = serialize(compiled)
         content = pickle.dumps((executable, jax.tree.unflatten(tree, range(tree.num_leaves))))
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(hashlib.sha256(content).digest() + content)
-        partial.replace(path)
+        if not changed(_HERE):
+            partial.replace(path)
         entries = sorted(path.parent.iterdir(), key=lambda entry: entry.stat().st_mtime)
         for entry in entries[:-MOST_ENTRIES]:
             entry.unlink(missing_ok=True)
     except Exception:  # not to be serialised, no room: the program is there all the same
+        pass
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink()
     return compiled

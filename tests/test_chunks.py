@@ -19,12 +19,15 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_enable_x64", True)
 import jax.numpy as jnp
+import numpy as np
 from diffspec.chunks import chunked_vmap
 x = jnp.linspace(0.1, 2.0, 11)
 value, slope = jax.jit(chunked_vmap(jax.value_and_grad(lambda x, y: jnp.exp(x["a"]) * y), chunk=2))({"a": x}, x)
 hlo = jax.jit(chunked_vmap(lambda x: x * x, chunk=2)).lower(x).compile().as_text()
 assert "num_partitions=2" in hlo, "not laid over both devices"
 assert bool(jnp.all(jnp.abs(value / (jnp.exp(x) * x) - 1) < 1e-15)), value
+second = jax.devices()[1:]
+assert jax.jit(chunked_vmap(jnp.sin, devices=second))(np.ones(4)).devices() == set(second)
 assert bool(jnp.all(jnp.abs(slope["a"] / (jnp.exp(x) * x) - 1) < 1e-15)), slope
 """
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from test_cli_main import toy_model
 
 from diffspec import programs
@@ -115,10 +116,47 @@ def test_changed_sources_are_other_programs(tmp_path, monkeypatch):
         sources.cache_clear()
         assert sources(package) != before
         before = sources(package)
+    with pytest.raises(FileNotFoundError):
+        sources(tmp_path / "zipped")
     fresh_process()(2, PAIR)
     monkeypatch.setattr(programs, "sources", lambda _: before)
     fresh_process()(2, PAIR)
     assert len(TRACED) == 2
+
+
+def test_sources_that_changed_since_the_start_keep_nothing(folder, tmp_path, monkeypatch):
+    """The process may have read them before: neither what it traces nor what is kept belongs to them."""
+    (tmp_path / "new.py").write_text("")
+    os.utime(tmp_path / "new.py", (2e9, 2e9))
+    assert programs.changed(tmp_path) and not programs.changed(folder.parent / "nothing")
+    monkeypatch.setattr(programs, "_HERE", tmp_path)
+    assert float(fresh_process()(2, PAIR)["sum"]) == 14.5
+    assert not folder.exists()
+
+
+def test_what_may_be_another_tomorrow_is_not_kept(folder):
+    """A class of a module that the key does not hold."""
+
+    class Foreign(NamedTuple):
+        first: object
+        second: object
+
+    Foreign.__module__, Foreign.__qualname__ = "mine", "Foreign"
+    module = types.ModuleType("mine")
+    module.__dict__["Foreign"] = Foreign
+    sys.modules["mine"] = module
+    try:
+        assert float(fresh_process()(2, Foreign(*PAIR))["sum"]) == -13.5
+    finally:
+        del sys.modules["mine"]
+    assert not folder.exists()
+
+
+def test_side_by_side_it_is_the_function(folder):
+    fresh = fresh_process()
+    fresh(2, PAIR)
+    pairs = Pair(np.stack([PAIR.first, 2.0 * PAIR.first]), np.asarray([0.5, 0.0]))
+    assert jax.vmap(lambda pair: fresh(2, pair)["sum"])(pairs).tolist() == [14.5, 56.0]
 
 
 def test_other_settings_are_other_programs(monkeypatch):
@@ -135,12 +173,14 @@ def test_other_settings_are_other_programs(monkeypatch):
     assert len(TRACED) == 3
 
 
-def test_a_folder_that_cannot_be_written_is_done_without(tmp_path):
+def test_a_folder_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    """And JAX's cache is used as ever."""
+    monkeypatch.setattr(compilation_cache, "reset_cache", lambda: TRACED.append("cache off"))
     (tmp_path / "file").write_text("")
     keep_programs(tmp_path / "file" / "programs")
     for _ in range(2):
         assert float(fresh_process()(2, PAIR)["sum"]) == 14.5
-    assert len(TRACED) == 2
+    assert TRACED == ["Pair", "Pair"]
 
 
 def test_a_static_argument_without_a_value_is_compiled_as_ever(folder):
