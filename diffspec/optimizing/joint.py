@@ -117,8 +117,7 @@ def optimize_jointly(
     sure = all(arm.models is not None for arm in arms)
     if risk is not None and not sure:
         raise InputError(f"risk: got {risk:g}, but {NO_INTERVALS}")
-    total = sum(ranges.points(arm, len(classes)) for arm in arms) * len(loads) * len(asked.replicas)
-    asked = asked._replace(exhaustive=total <= asked.most_points)
+    asked = asked.counting(arms)
     solved = []
     for number, arm in enumerate(arms):
         report(f"{arm.name}: relaxed", 0.5 * number / len(arms))
@@ -130,7 +129,7 @@ def optimize_jointly(
     searched = None
     if placements is not None:
         searched = search_placements(asked, arms, solved, found, placements, sure, lambda what: report(what, 0.7))
-        arms, solved, found = searched[:3]
+        asked, arms, solved, found = searched[:4]
     (own,) = arms_of(deployment, (), classes, ranges, acceptance or ANY, {}, **given)
     powered = not asked.looked_at & {"energy", MEMORY} or server_of(deployment).pair is not None
     own = looking_at(own, tails, asked, drafts=False) if deployment.plain_measured and powered else None

@@ -11,7 +11,7 @@ from diffspec.lengths import Lengths
 from diffspec.optimizing.catalogue import RequestClass
 from diffspec.optimizing.constrained import Solution
 from diffspec.optimizing.joint_problem import ClassLimit, Objective, Shapes, parse_objective, shapes_of
-from diffspec.optimizing.joint_search import STARTS, Ranges
+from diffspec.optimizing.joint_search import STARTS, Arm, Ranges
 from diffspec.optimizing.joint_tails import Tails
 from diffspec.optimizing.limits import LIMITED, check_loads, parse_limit
 from diffspec.optimizing.question import MEMORY, PER_REQUEST, SPENT, check_within
@@ -77,6 +77,11 @@ class Question(NamedTuple):
         if any(name in PERCENTILE_METRICS for name in self.goal.metrics):
             return MOST_PERCENTILES
         return MOST_TAILS if self.percentiles or self.within else MOST_POINTS
+
+    def counting(self, arms: Sequence[Arm]) -> "Question":
+        """The same question; ``exhaustive`` where all whole points of these ``arms`` are few enough."""
+        points = sum(self.ranges.points(arm, len(self.classes)) for arm in arms) * len(self.each)
+        return self._replace(exhaustive=points <= self.most_points)
 
     def tails(self, batch: float) -> Tails | None:
         """What is looked at beyond means, with a chain for the largest mean ``batch`` [req]; None for nothing."""
