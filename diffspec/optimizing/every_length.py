@@ -25,7 +25,7 @@ from diffspec.lengths import Lengths
 from diffspec.optimizing.limits import costs
 from diffspec.optimizing.question import MEMORY, Question
 from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
-from diffspec.optimizing.servers import MILLION, NO_PAIR, Server, hours_per_million, joules, when_busy
+from diffspec.optimizing.servers import FIT_AGAIN, MILLION, NO_PAIR, Server, hours_per_million, joules, when_busy
 from diffspec.parameters import Scalar
 from diffspec.percentiles import known_up_to, predict_distribution, states_for
 from diffspec.prediction import Prediction
@@ -109,7 +109,7 @@ class EveryLength(NamedTuple):
         question, workload = self.question, jax.tree.map(lambda leaf: float(leaf[0]), self.workloads)
         pair = self.server.pair_at(workload) if "energy" in question.metrics else None
         if "energy" in question.metrics and pair is None:
-            raise InputError(f"energy: {NO_PAIR}; allowed: with a verifier's config and its hardware")
+            raise InputError(f"energy: {NO_PAIR}; {FIT_AGAIN}")
         if "cost" in question.metrics and self.price is None:
             raise InputError("cost: no price is known; allowed: with cost_per_hour, the price of a device")
         if not (question.spread or question.spent):

@@ -59,7 +59,7 @@ def optimize_fleet(
     Errors: :class:`InputError` for unknown metrics, loads that do not increase, or ranges.
     """
     check_question(objective, loop, loads, max_draft_length)
-    limits = [parse_limit(text) for text in slo]
+    limits = [parse_limit(text, instead="a limit on any of them of one model at a time") for text in slo]
     if not deployments:
         raise InputError("fleet: got no deployment; allowed: at least one")
     shape = {"prompt_length": float(prompt_length), "output_length": float(output_length), "output_scv": output_scv}

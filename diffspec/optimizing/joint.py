@@ -33,14 +33,14 @@ from diffspec.optimizing.joint_answer import (
     value_of,
     violations,
 )
-from diffspec.optimizing.joint_arms import ANY, arms_of, largest_batch, looking_at, with_percentiles
+from diffspec.optimizing.joint_arms import ANY, arms_of, largest_batch, looking_at, making_room, with_percentiles
 from diffspec.optimizing.joint_choice import Compared, best_of, compared, surely
 from diffspec.optimizing.joint_draws import Contender, intervals_told
 from diffspec.optimizing.joint_experts import search_placements
 from diffspec.optimizing.joint_problem import COST, excesses
 from diffspec.optimizing.joint_question import Question, read_joint_question
 from diffspec.optimizing.joint_search import STARTS, Arm, Ranges, Scored, as_reals, excess_slopes, relaxed, score
-from diffspec.optimizing.question import MEMORY
+from diffspec.optimizing.limits import MEMORY
 from diffspec.optimizing.servers import server_of
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
@@ -110,7 +110,9 @@ def optimize_jointly(
     goal, shapes, limits, ranges = asked.goal, asked.shapes, asked.limits, asked.ranges
     report = progress or (lambda what, share: None)
     given = {"max_batched_tokens": max_batched_tokens, "cost_per_hour": cost_per_hour, "draws": draws}
-    tables = {} if placements is None else placements.tables()
+    tables, notes = {}, []
+    if placements is not None:
+        tables, (drafters, notes) = placements.tables(), making_room(drafters, placements)
     arms = arms_of(deployment, drafters, classes, ranges, acceptance, tables, **given)
     tails = asked.tails(largest_batch(arms, asked))
     arms = [looking_at(arm, tails, asked) for arm in arms]
@@ -166,7 +168,7 @@ def optimize_jointly(
         "optimality_gap": max(gaps) if gaps else None,
         "infeasible": None if feasible else table[0]["violations"],
         **intervals_told(varied, arms),
-        "warnings": caveats(deployment, arms, classes, loads, max_draft_length, caps),
+        "warnings": caveats(deployment, arms, classes, loads, max_draft_length, caps) + notes,
     }
 
 

@@ -10,8 +10,8 @@ request, is then one for another number of tokens. So
 
 What was there stays there: by the model as it is the answer is never worse than without the search (a risk is
 compared on a shortlist, which further placements share), and no rank carries more than the caps. A price and a goodput
-are often equal at many placements: there it is the latency that a placement is looked for by. Where placements times whole points are few, all of them are compared, and the placement is the best of all for the
-drafter that was decided on.
+are often equal on many placements: there it is the latency by which one is looked for. Where placements times whole
+points are few, all of them are compared, and the placement is the best of all for the drafter that was decided on.
 """
 
 import math
@@ -99,7 +99,7 @@ class JointProblem(AbstractProblem):
             merit, (replicas, row) = point.merit[number], every[number]
             data = (self.arm.drafted._replace(candidates=None), asked.shapes, self.load / replicas, row)
             data = (*data, bounds, float(replicas))
-            value = _value(relaxable(asked.goal), limits, aim_of(merit, bool(limits)))
+            value = _value(relaxable(asked.goal), limits, aim_of(float(merit), bool(limits)))
             found.append(pressure_of(value, self.arm.drafted.serving, table, data))
         return found
 

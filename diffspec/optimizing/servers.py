@@ -41,6 +41,8 @@ HALVINGS = 4
 """How often the batch cap is halved, for smaller ones that are compared."""
 MILLION, HOUR = 1e6, 3600.0
 NO_PAIR = "neither the fit nor the question names a verifier's config and its hardware"
+FIT_AGAIN = "fit again with --verifier config.json --hardware NAME"
+"""What to do about :data:`NO_PAIR`."""
 ENDLESS = 1e15
 """A KV cache [tok] that is not known to end."""
 COPIES = "expert_copies_bytes"
@@ -91,18 +93,17 @@ class Server:
         ``drafts``."""
         pair, kept = self.pair_at(workload), self.deployment.defaults
         if pair is None:
-            raise InputError(
-                f"memory: {NO_PAIR} ({self.deployment.name}); allowed: with --verifier config.json and --hardware NAME"
-            )
+            raise InputError(f"memory: {NO_PAIR} ({self.deployment.name}); {FIT_AGAIN}")
         if drafts and not pair.drafter_kind:
+            what = "give" if self.deployment.quality.get("rows") == 0 else FIT_AGAIN
             raise InputError(
-                f"memory: the drafter of {self.deployment.name!r} is not known; allowed: with --drafter config.json or "
+                f"memory: the drafter of {self.deployment.name!r} is not known; {what} --drafter config.json or "
                 "--drafter-kind (ngram: a lookup, which has no weights)"
             )
         tokens = BATCHED_TOKENS if max_batched_tokens is None else max_batched_tokens
-        plan = memory_plan(pair, batched_tokens=tokens)
+        plan = memory_plan(pair, batched_tokens=tokens, copies_bytes=kept.get(COPIES, 0.0))
         return MemoryUse(
-            plan.verifier_bytes + kept.get(COPIES, 0.0) + plan.activation_bytes + plan.reserve_bytes,
+            plan.verifier_bytes + plan.activation_bytes + plan.reserve_bytes,
             plan.drafter_bytes,
             plan.kv_bytes_per_token,
             plan.drafter_kv_bytes_per_token,
