@@ -20,7 +20,7 @@ from diffspec.cli import main
 from diffspec.configuration import Configuration
 from diffspec.experts import ExpertRouting
 from diffspec.fitting.deployment import FittedDeployment, FittedModel
-from diffspec.optimizing import joint_experts
+from diffspec.optimizing import expert_problem, joint_experts
 from diffspec.optimizing.catalogue import DrafterChoice, RequestClass, parse_drafters
 from diffspec.optimizing.expert_balance import candidate_placements, place_experts
 from diffspec.optimizing.expert_placement import ExpertPlacement, Placing, all_placements, eplb
@@ -35,6 +35,7 @@ from diffspec.optimizing.joint_problem import ClassLimit, parse_objective, shape
 from diffspec.optimizing.joint_question import read_joint_question
 from diffspec.optimizing.joint_search import Ranges, Scored, rows, score, scored
 from diffspec.optimizing.limits import parse_limit
+from diffspec.report import joint_tables
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
 from diffspec.trees import Tree
@@ -279,6 +280,37 @@ def test_a_placement_is_looked_for_by_what_a_decision_lacks():
     assert aim_of(merits["nothing"], False) == "latency"
 
 
+@pytest.mark.parametrize(
+    ("objective", "value"),
+    [
+        *(("goodput", "4 req/s"), ("capacity", "4 req/s"), ("energy", "4 J"), ("cost", "4"), ("2*cost", "4")),
+        *(("e2e_p95", "4000 ms"), ("0.7*e2e_mean + 0.3*ttft_mean", "4000 ms"), ("e2e_mean+0.1*energy", "4")),
+    ],
+)
+def test_an_objective_is_told_in_its_unit_and_a_placement_where_it_serves(objective, value):
+    common = {"drafter": "good", "draft_length": 2, "tree": None, "objective": 4.0, "feasible": True}
+    entry = {"load": 1.0, "drafter": "good", "draft_lengths": {"chat": 2}, "tree": None, "max_batch_size": 16.0}
+    entry |= {"placement": "searched", "objective": 4.0, "common": common, "metrics": {}, "shadow_prices": []}
+    entry |= dict.fromkeys(("speedup", "headroom", "chosen_probability", "drafter_size")) | {"violations": {}}
+    placed = {"searched": True, "objective_before": 4.0, "max_rank_load": 0.5}
+    answer = {
+        "replicas": [1],
+        "placements": ["searched"],
+        "objective": objective,
+        "outcome": "",
+        "optimality_gap": None,
+    }
+
+    def told(**changed):
+        lines = list(joint_tables.joint(answer | {"table": [entry | {"placed": placed} | changed]}))
+        return [str(line) for line in lines if "busiest" in str(line)]
+
+    (both,), lost = told(feasible=True), told(feasible=False)
+    assert both.endswith(f"{objective} {value} instead of {value}, busiest rank 0.5") and not lost
+    (only,) = told(feasible=True, placed=placed | {"objective_before": None})
+    assert only.endswith("at a decision: busiest rank 0.5")
+
+
 def test_a_model_that_does_not_tell_has_no_intervals(decide):
     answer = decide([4.0])
     assert answer["intervals"] is None and answer["intervals_reason"].startswith("trees: ")
@@ -398,6 +430,8 @@ def test_a_placement_for_goodput_is_looked_for_by_latency_and_where_nobody_keeps
     also in the local search. Where none does no placement has an objective, and that is an answer; and a price, which
     no placement moves, leaves the quickest."""
     monkeypatch.setattr(joint_experts, "SMALL_SPACE", joint_experts.MOST_DECISIONS)
+    monkeypatch.setattr(joint_experts, "STARTS", 1)
+    monkeypatch.setattr(expert_problem, "POLISHED", 8)
     deployment, placements, asked = placing
     (quick,) = optimize_jointly(deployment, placements=placements, **asked)["table"]
     easy = {"objective": "goodput", "slo": ["ttft<900"]}
@@ -430,7 +464,7 @@ def test_a_placement_is_decided_on_the_command_line(tmp_path, capsys, monkeypatc
     assert main([*command, "--out", str(tmp_path / "told.json")]) == 0
     shown = capsys.readouterr().out
     assert "experts placed" in shown and "6 experts, 2 a token, on 2 ranks" in shown
-    assert "the placement was looked for at this decision" in shown
+    assert "the placement is one that was looked for at a decision: e2e_mean" in shown
     told = json.loads((tmp_path / "told.json").read_text())
     (entry,) = told["table"]
     assert told["experts"]["outcome"] == "successful" and entry["placement"] in told["placements"]

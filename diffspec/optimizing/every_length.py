@@ -195,7 +195,7 @@ def looked_at(question: Question, states: int, pair_json: str | None) -> Callabl
         if use is not None:
             caps = [jnp.asarray(n, dtype=float) for n in (config.max_batch_size, workload.concurrency) if n is not None]
             most = jnp.min(jnp.stack(caps)) if caps else jnp.inf
-            held = workload.prompt_length + 0.5 * workload.output_length * (1.0 + workload.output_scv)
+            held = workload.held_tokens
             values[MEMORY] = use.gigabytes(most * held, config.draft_length > 0, config.drafter_scale)
         return values
 

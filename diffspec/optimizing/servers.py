@@ -43,8 +43,8 @@ MILLION, HOUR = 1e6, 3600.0
 NO_PAIR = "neither the fit nor the question names a verifier's config and its hardware"
 FIT_AGAIN = "fit again with --verifier config.json --hardware NAME"
 """What to do about :data:`NO_PAIR`."""
-ENDLESS = 1e15
-"""A KV cache [tok] that is not known to end."""
+UNFILLED = 1e15
+"""Stands for a KV cache [tok] that is not known to end."""
 COPIES = "expert_copies_bytes"
 """Where a deployment's defaults keep what further copies of experts take of each device [B]."""
 
@@ -114,10 +114,9 @@ class Server:
         """Memory [GB] in use on a device with the batch at the cap of ``config``."""
         drafts = float(config.draft_length) > 0  # type: ignore[arg-type]
         use = self.memory_use(workload, max_batched_tokens, drafts=drafts)
-        held = workload.prompt_length + 0.5 * workload.output_length * (1.0 + workload.output_scv)
         cache = config.kv_capacity_tokens
-        use = use if cache is None or cache >= ENDLESS else use._replace(most_tokens=float(cache))  # type: ignore[arg-type]
-        return float(use.gigabytes(config.max_batch_size * held, drafts, config.drafter_scale))
+        use = use if cache is None or cache >= UNFILLED else use._replace(most_tokens=float(cache))  # type: ignore[arg-type]
+        return float(use.gigabytes(config.max_batch_size * workload.held_tokens, drafts, config.drafter_scale))
 
     def draws(self, count: int) -> ServingModel | None:
         """Serving models drawn from what is not known, with a leading axis; None where nothing tells."""
@@ -166,7 +165,7 @@ class Server:
         cache = config.kv_capacity_tokens
         if draft_length == 0 and self.plain_plan is not None:
             cache = max(self.plain_plan.kv_capacity_tokens, 1.0)
-        kept = ENDLESS if cache is None else float(cache)
+        kept = UNFILLED if cache is None else float(cache)
         return replace(config, draft_length=float(draft_length), kv_capacity_tokens=kept)
 
 
