@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from diffspec.architecture import Transformer, eagle_head, read_architecture
     from diffspec.batch_state import BatchState, StepParts
     from diffspec.boundaries.boundary import boundary
+    from diffspec.chunks import chunked_vmap
     from diffspec.configuration import Configuration
     from diffspec.drafters import (
         AbstractDrafter,
@@ -130,6 +131,7 @@ __all__ = [
     "best_tree",
     "boundary",
     "check",
+    "chunked_vmap",
     "conditional_to_histogram",
     "conditional_to_marginal",
     "decay_from_tokens_per_step",
@@ -209,6 +211,7 @@ _HOMES = {
         "StepParts",
     ),
     "boundaries.boundary": ("boundary",),
+    "chunks": ("chunked_vmap",),
     "drafters": (
         "AbstractDrafter",
         "BlockDrafter",

@@ -19,7 +19,6 @@ from test_fit import SERVER, reference_rows, trace_of
 from diffspec.analysis import optimal_design
 from diffspec.analysis.design import CRITERIA, design
 from diffspec.analysis.design_files import plan_files, sweep_files
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.analysis.runs import Knowledge, Run, alike
 from diffspec.collecting.plan_text import read_plan
 from diffspec.fitting.deployment import FittedDeployment
@@ -28,6 +27,7 @@ from diffspec.fitting.objective import build_objective, choose_targets
 from diffspec.fitting.observations import acceptance_curve, observations
 from diffspec.fitting.solve import minimise, random_starts
 from diffspec.fitting.uncertainty import Uncertainty, laplace
+from diffspec.programs import FAST_COMPILE
 from diffspec.results import InputError
 
 

@@ -20,8 +20,8 @@ PACKAGE = REPOSITORY / "diffspec"
 
 # A module may import from strictly lower layers. A room is a top-level module or a package with all its files.
 LAYERS = (
-    ("results", "parameters"),
-    ("workload", "lengths", "hardware", "architecture"),
+    ("results", "parameters", "programs"),
+    ("workload", "lengths", "hardware", "architecture", "chunks"),
     (
         *("acceptance_curves", "acceptance", "acceptance_decay", "experts"),
         *("batch_state", "drafters", "step_time", "staircase", "trees", "tree_search", "tree_shapes"),

@@ -14,7 +14,6 @@ from helpers import SERVER_STEP
 from scipy.optimize import minimize
 
 from diffspec.acceptance import ConstantAcceptance, MeasuredAcceptance
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.cli import main
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment, FittedModel
@@ -32,6 +31,7 @@ from diffspec.optimizing.joint_answer import caveats
 from diffspec.optimizing.joint_problem import Drafted, cost_of, parse_objective, shapes_of
 from diffspec.optimizing.joint_search import Arm
 from diffspec.optimizing.limits import parse_limit
+from diffspec.programs import FAST_COMPILE
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload

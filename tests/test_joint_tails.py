@@ -13,7 +13,6 @@ from helpers import SERVER_STEP
 
 from diffspec.acceptance import ConstantAcceptance
 from diffspec.analysis.before_traces import before_traces
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.architecture import read_architecture
 from diffspec.cli import main
 from diffspec.configuration import Configuration
@@ -28,6 +27,7 @@ from diffspec.optimizing.joint_search import Ranges
 from diffspec.optimizing.limits import parse_limit
 from diffspec.optimizing.optimize import optimize_unmeasured
 from diffspec.percentiles import class_laws
+from diffspec.programs import FAST_COMPILE
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload

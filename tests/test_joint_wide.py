@@ -15,7 +15,6 @@ from test_expert_placement import SKEWED, counts_of, mixture, popularity
 from test_trees import path_products
 
 from diffspec.acceptance import AbstractPositionwise, ConstantAcceptance
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.cli import main
 from diffspec.configuration import Configuration
 from diffspec.experts import ExpertRouting
@@ -35,6 +34,7 @@ from diffspec.optimizing.joint_problem import ClassLimit, parse_objective, shape
 from diffspec.optimizing.joint_question import read_joint_question
 from diffspec.optimizing.joint_search import Ranges, Scored, rows, score, scored
 from diffspec.optimizing.limits import parse_limit
+from diffspec.programs import FAST_COMPILE
 from diffspec.report import joint_tables
 from diffspec.results import InputError
 from diffspec.serving import ServingModel

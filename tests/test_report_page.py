@@ -15,13 +15,13 @@ from test_cli_main import TRACE, files_in, run, toy_deployment, toy_model
 
 from diffspec.acceptance import ConstantAcceptance
 from diffspec.analysis.answers import predict_answer
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.browser.serving import FIELDS, OUTPUTS, browser_functions, parameter_values
 from diffspec.cli import report as cli_report
 from diffspec.fitting.deployment import FittedModel
 from diffspec.fitting.forms import Scales, build_form
 from diffspec.fitting.uncertainty import Uncertainty
 from diffspec.prediction import STAGES
+from diffspec.programs import FAST_COMPILE
 from diffspec.report.curves import draw_curves
 from diffspec.report.page_data import nice, page_data
 from diffspec.report.page_html import page_html

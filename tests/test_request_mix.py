@@ -8,10 +8,10 @@ from helpers import SERVER_STEP
 from scipy.optimize import fsolve
 
 from diffspec.acceptance import ConstantAcceptance
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
 from diffspec.lengths import Lengths
 from diffspec.percentiles import class_laws, predict_distribution
+from diffspec.programs import FAST_COMPILE
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import ServingModel
 from diffspec.simulating import Engine

@@ -1,6 +1,7 @@
 """Request logs in many files, read in parts by many workers: the same answer as one file, whatever the order; what a
 sketch promises; files, workers and clusters that fail; and what docs/at-scale.md computes."""
 
+import csv
 import json
 import math
 import os
@@ -85,6 +86,44 @@ def whole(log, tmp_path_factory) -> pd.DataFrame:
     path = tmp_path_factory.mktemp("whole") / "log.parquet"
     log.to_parquet(path)
     return read_trace(path).frame
+
+
+# --- one large CSV file ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "start"),
+    [({}, b""), ({"quoting": csv.QUOTE_NONNUMERIC}, b""), ({"sep": ";", "lineterminator": "\r\n"}, b"\xef\xbb\xbf")],
+    ids=["plain", "quoted", "semicolons, CRLF and a mark"],
+)
+def test_a_csv_file_is_read_in_parts_as_in_one(log, tmp_path, monkeypatch, written, start):
+    monkeypatch.setattr(scale, "_PIECE", 10_000)
+    frame = log.assign(deployment=np.where(np.arange(len(log)) % 2, "a, b" if written else "a", ""))
+    frame.loc[11_000, "prompt_tokens"] = -1
+    text = frame.to_csv(index=False, **written).encode().rstrip()
+    (tmp_path / "log.csv").write_bytes(start + text)
+    gathered, partitions = scale.gather_logs([tmp_path / "log.csv"])
+    assert partitions >= 6
+    alone = read_trace(tmp_path / "log.csv")
+    same(trace_of(gathered).frame, alone.frame)
+    assert "(first: row 11001)" in str(trace_of(gathered).warnings) and "(first: row 11001)" in str(alone.warnings)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: text.replace("True", '"on two\nlines"'),
+        lambda text: text + "\n",
+        lambda text: text.replace("\n", "\r"),
+    ],
+    ids=["line ends in cells", "an empty line", "old line ends"],
+)
+def test_a_csv_file_whose_lines_may_be_no_rows_is_one_part(log, tmp_path, monkeypatch, spoil):
+    monkeypatch.setattr(scale, "_PIECE", 10_000)
+    path = tmp_path / "log.csv"
+    path.write_text(spoil(log.to_csv(index=False)), newline="")
+    (located,) = scale.locate([path])
+    assert scale._lines(located, located.source()) is None
 
 
 # --- percentiles that can be merged ------------------------------------------------------------

@@ -1,19 +1,19 @@
 """One operating point as plain data: what `diffspec predict` answers."""
 
 import itertools
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
 from diffspec.analysis.intervals import NO_INTERVALS, Draws, draw_deployment, each, spread
-from diffspec.analysis.plain import FAST_COMPILE, enough_states, finite
+from diffspec.analysis.plain import enough_states, finite
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.lengths import Lengths
 from diffspec.percentiles import PERCENTILES, known_up_to, predict_distribution, states_for
 from diffspec.prediction import STAGES, Comparison, Prediction
+from diffspec.programs import program
 from diffspec.results import outcome_name
 from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.workload import Workload
@@ -40,7 +40,7 @@ PERCENTILE_DRAWS = 32
 _NAMES = tuple(f"p{percent}" for percent in PERCENTILES)
 
 
-@partial(jax.jit, compiler_options=FAST_COMPILE)
+@program()
 def _compare(serving: ServingModel, workload: Workload, config: Configuration) -> Comparison:
     return serving.compare(workload, config)
 
@@ -216,7 +216,7 @@ def _percentiles(serving, workload, config, states: int, ttft, e2e_latency) -> d
     return values | {"waiting_probability": np.asarray(found.requests.waiting_probability)}
 
 
-@partial(jax.jit, static_argnums=4, compiler_options=FAST_COMPILE)
+@program(4)
 def _distribution(serving, workload, config, lengths, states):
     return predict_distribution(serving, workload, config, lengths, states=states)
 

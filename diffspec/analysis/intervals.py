@@ -8,7 +8,6 @@ the server's true means (:func:`misfit`). Acceptance is as given and in no inter
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -16,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffspec.analysis.plain import FAST_COMPILE, as_floats, enough_states, finite
+from diffspec.analysis.plain import as_floats, enough_states, finite
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.uncertainty import DRAWS, LEVEL, Uncertainty
+from diffspec.programs import program
 from diffspec.results import RESULTS
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
@@ -33,7 +33,7 @@ _SCAN, _REFINE = 32, 4
 """Rates at which a draw's break-even rate is looked for, and how often the bracket found is narrowed."""
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+@program(0)
 def _predict_draws(states: int, models: ServingModel, workloads: Workload, config: Configuration):
     """Per draw, with a workload of its own, the metrics of ``config``, and of it and no speculation ``e2e_both`` [s],
     ``capacity_both`` [req/s] and ``saturated_both``; ``states``: waiting_states."""

@@ -12,7 +12,6 @@ rate moves by -g_p/g_r and the best draft length by -L_kp/L_kk.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,12 +20,12 @@ import numpy as np
 
 from diffspec.analysis.answers import METRICS, metric_values
 from diffspec.analysis.inputs import Inputs, Point
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import batch_cap
 from diffspec.latency_distribution import PERCENTILE_METRICS
 from diffspec.lengths import Lengths
 from diffspec.percentiles import known_up_to, predict_distribution, states_for
 from diffspec.prediction import Prediction
+from diffspec.programs import program
 from diffspec.results import InputError
 
 ROOTS = ("breakeven_rate", "best_draft_length")
@@ -108,7 +107,7 @@ def all_of(metric: Metric, point: Point, law: Law | None = None) -> tuple[Any, P
     return found[None], prediction
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST_COMPILE)
+@program(0, 1)
 def _slope_program(metric: Metric, inputs: Inputs, point: Point, law: Law, values, index):
     def value(values):
         found, prediction = all_of(metric, inputs.placed(point, values), law)
@@ -118,7 +117,7 @@ def _slope_program(metric: Metric, inputs: Inputs, point: Point, law: Law, value
     return found, slopes, prediction
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST_COMPILE)
+@program(0, 1)
 def _value_program(metric: Metric, inputs: Inputs, point: Point, law: Law, lanes):
     def value(values):
         found, prediction = all_of(metric, inputs.placed(point, values), law)

@@ -1,4 +1,4 @@
-"""What every answer shares: numbers for JSON, and how programs that run a few times are compiled."""
+"""What every answer shares: numbers for JSON, and arguments by which few programs are compiled."""
 
 import dataclasses
 import math
@@ -11,9 +11,6 @@ from diffspec.configuration import Configuration, batch_cap
 from diffspec.fitting.observations import states_of
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
-
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
-"""For programs that run a few times: compiling them is what takes time."""
 
 
 def finite(value) -> float | None:

@@ -8,7 +8,6 @@ what a fit (:meth:`diffspec.fitting.objective.Objective.fisher_information`) exp
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -18,7 +17,6 @@ import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance
 from diffspec.analysis.optimal_design import criterion
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.uncertainty import Uncertainty
@@ -30,6 +28,7 @@ from diffspec.parameters import (
     to_constrained,
     to_unconstrained,
 )
+from diffspec.programs import program
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.workload import Workload
@@ -126,14 +125,14 @@ class Server(eqx.Module):
         return jax.jacfwd(lambda shift: self.logs(loop, x, shift), has_aux=True)(still)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+@program(0)
 def _ask(loop: str, server: Server, points):
     jacobian, found = jax.vmap(lambda x: server.jacobian(loop, x))(points)
     stable = (found.result == RESULTS.successful) & jnp.isfinite(jacobian).all(axis=(1, 2))
     return jacobian, found.e2e_latency, found.throughput, found.utilization, found.capacity, stable
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+@program(0)
 def _slope(loop: str, server: Server, x, precision, weights, questions):
     def after(x):
         jacobian, _ = server.jacobian(loop, x)

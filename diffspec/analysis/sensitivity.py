@@ -1,7 +1,6 @@
 """What moves a metric: exact elasticities d log(metric)/d log(input), through the equilibrium's implicit derivative."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -13,11 +12,12 @@ from diffspec.analysis.before_traces import DOES_NOT_FIT, Unmeasured
 from diffspec.analysis.inputs import WORKLOAD_UNITS, Inputs, Point, inputs_of
 from diffspec.analysis.intervals import NO_INTERVALS, each, spread
 from diffspec.analysis.metrics import EXPLAINED, Metric, metric_of, slopes_at
-from diffspec.analysis.plain import FAST_COMPILE, as_floats, enough_states, finite
+from diffspec.analysis.plain import as_floats, enough_states, finite
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.uncertainty import DRAWS, LEVEL
 from diffspec.prediction import Prediction
+from diffspec.programs import program
 from diffspec.results import InputError, outcome_name
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
@@ -67,7 +67,7 @@ class Slopes(NamedTuple):
         return Slopes(self.metric, self.inputs, self.point, np.asarray(values), *found)
 
 
-@partial(jax.jit, compiler_options=FAST_COMPILE)
+@program()
 def _predict(point: Point) -> Prediction:
     return point.serving.predict(point.workload, point.config)
 

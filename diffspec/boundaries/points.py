@@ -28,6 +28,7 @@ from diffspec.fitting.observations import states_of
 from diffspec.fitting.principles import serving_model
 from diffspec.optimizing.lanes import CALL, CHUNK, COMPILED, in_chunks
 from diffspec.optimizing.servers import Server, joules, when_busy, without_drafter
+from diffspec.programs import program
 from diffspec.resources import BATCHED_TOKENS, MemoryPlan, memory_plan
 from diffspec.results import RESULTS
 from diffspec.serving import MOST_STATES, ServingModel
@@ -192,7 +193,7 @@ def _compared(cost: np.ndarray, ends: np.ndarray, lengths: np.ndarray, plain_fit
     return Gains(log_gain, lengths[rows, best], ends[:, 0], np.asarray(np.all(ends[:, 1:], axis=1)), plain_fits, fits)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=COMPILED)
+@program(0, compiler_options=COMPILED)
 def _arms(states: int, lanes: tuple, chunks):
     """What each lane's draft lengths come to, at their cache sizes where these are known."""
 

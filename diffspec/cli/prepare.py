@@ -24,14 +24,18 @@ def cache_folder() -> Path | None:
 
 
 def prepare_jax() -> None:
-    """float64; the CPU unless JAX_PLATFORMS says otherwise (the arrays are tiny); compiled programs kept between runs.
+    """float64; the CPU unless JAX_PLATFORMS says otherwise (the arrays are tiny); compiled programs kept between runs,
+    JAX's and, unless DIFFSPEC_KEEP_PROGRAMS is 0, those of :mod:`diffspec.programs`.
 
     A cache folder that cannot be made or written is done without.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
 
+    from diffspec.programs import keep_programs
+
     jax.config.update("jax_enable_x64", True)
+    keep_programs(None)
     folder = cache_folder()
     if folder is None:
         return
@@ -42,5 +46,7 @@ def prepare_jax() -> None:
     except OSError:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # reading a small one takes a tenth as long
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if jax.config.values["jax_enable_compilation_cache"] and os.environ.get("DIFFSPEC_KEEP_PROGRAMS") != "0":
+        keep_programs(folder / "programs")

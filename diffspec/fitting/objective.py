@@ -8,7 +8,6 @@ r = log(predicted) - log(measured) and the noise of :mod:`diffspec.fitting.noise
 """
 
 import dataclasses
-from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -20,6 +19,7 @@ from diffspec.fitting.forms import Form
 from diffspec.fitting.noise import Noise, coordinates, curvature, information, negative_log_likelihood, noise_at
 from diffspec.fitting.observations import PREDICTED, Block, Observations, padded
 from diffspec.prediction import Prediction
+from diffspec.programs import program
 from diffspec.serving import ServingModel
 
 STAND_IN_SPREAD = 0.1
@@ -73,13 +73,13 @@ def choose_targets(data: Observations, observables: tuple[str, ...] | None = Non
     return targets
 
 
-@partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+@program()
 def predict_blocks(serving: ServingModel, blocks: tuple[Block, ...]) -> list[Prediction]:
     """Predictions of all rows of each block, compiled in a hurry: for a few calls only."""
     return [jax.vmap(lambda w, c: serving.predict(w, c))(block.workload, block.config) for block in blocks]
 
 
-@partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+@program()
 def predict_draws(models: ServingModel, blocks: tuple[Block, ...]) -> list[Prediction]:
     """:func:`predict_blocks` for each of a batch of models: a leading axis of draws."""
     each = jax.vmap(jax.vmap(lambda model, w, c: model.predict(w, c), (None, 0, 0)), (0, None, None))

@@ -9,7 +9,6 @@ share one compilation, whichever the solver:
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 import optax
 
 from diffspec.fitting.objective import Linearised, Objective
+from diffspec.programs import program
 
 LANES = 8
 SOLVERS = ("gauss-newton", "lbfgs", "adam")
@@ -48,7 +48,7 @@ class Solution(NamedTuple):
         return int(np.argmin(np.where(np.isfinite(self.loss), self.loss, np.inf)))
 
 
-@partial(jax.jit, static_argnums=0)
+@program(0, compiler_options={})
 def _linearise(structure, leaves, *of_lanes):
     objective = jax.tree.unflatten(structure, leaves)
     return jax.vmap(objective.linearise)(*of_lanes)
@@ -170,7 +170,7 @@ def lbfgs_memory(vector):
     return _MEMORY.init(vector)
 
 
-@jax.jit
+@program(compiler_options={})
 def lbfgs_directions(gradients, state, vectors):
     """Optax's L-BFGS direction of every lane [lanes, variables], downhill in any case, and the states after it."""
 

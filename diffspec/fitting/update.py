@@ -10,7 +10,6 @@ are opened by OPENED where it began, and the rows since are met again. Acceptanc
 import dataclasses
 import hashlib
 from collections import Counter
-from functools import partial
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from diffspec.fitting.observations import Observations, is_endless, observations
 from diffspec.fitting.online_acceptance import KEY, update_acceptance
 from diffspec.fitting.uncertainty import Uncertainty
 from diffspec.parameters import get_parameters, parameter_infos, set_parameters, to_constrained, to_unconstrained
+from diffspec.programs import program
 from diffspec.results import InputError
 from diffspec.traces import Trace, set_aside_reasons
 
@@ -150,7 +150,7 @@ def _noise(known: Uncertainty, column: str, requests: Any) -> np.ndarray:
     return np.sqrt(MISFIT**2 + REQUEST_SPREAD**2 / requests) if found is None else found
 
 
-@partial(jax.jit, static_argnames="columns", compiler_options={"xla_backend_optimization_level": 0})
+@program(2)
 def _logs_and_jacobian(form, block, columns, z):
     def logs(z):
         predicted = predict_rows(form.model(z), (block,))

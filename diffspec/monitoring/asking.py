@@ -6,7 +6,6 @@ evaluated by one compiled program, so that a window costs milliseconds.
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -16,11 +15,12 @@ import numpy as np
 
 from diffspec.acceptance import PositionAcceptance
 from diffspec.analysis.intervals import misfit, spread
-from diffspec.analysis.plain import FAST_COMPILE, as_floats, enough_states, finite
+from diffspec.analysis.plain import as_floats, enough_states, finite
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.monitoring.windows import LATENCIES, Window
 from diffspec.prediction import STAGES
+from diffspec.programs import program
 from diffspec.results import RESULTS
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
@@ -163,7 +163,7 @@ def _ask(deployment: FittedDeployment, models, workload: Workload, config: Confi
     return point, lengths
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+@program(0)
 def _evaluate(states: int, models: ServingModel, workload: Workload, config, compared, loads, lengths):
     where = (lambda w: w.arrival_rate) if workload.is_open else (lambda w: w.concurrency)
 

@@ -11,7 +11,6 @@ Draft length 0 comes twice: as a server without a drafter, and inside a schedule
 reads every prompt (``idle``): its prefill is that of draft length 1.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
@@ -19,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.optimizing.relaxation import at_draft_length
+from diffspec.programs import program
 from diffspec.request_cost import RequestCost
 from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.waiting import queue_scv
@@ -95,7 +94,7 @@ class BatchTables(NamedTuple):
         return np.asarray([float(queue_scv(scv, fixed)) for scv, fixed in pairs])
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST_COMPILE)
+@program(0, 1)
 def _tables(longest: int, batches: int, serving: ServingModel, workload: Workload, config: Configuration):
     lengths = jnp.arange(longest + 1, dtype=float)
 

@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.fitting.solve import lbfgs_directions, lbfgs_memory
+from diffspec.programs import program
 
 ROUNDS, STEPS, WEIGHT, MOST_WEIGHT = 12, 30, 10.0, 1e6
 TOLERANCE = 1e-5
@@ -76,13 +76,15 @@ def minimise_within(
     steps: int = STEPS,
     tolerance: float = TOLERANCE,
     alike: Sequence[Sequence[int]] = (),
+    limits: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Solution:
     """Minimise ``function(x, data, shared)`` -> (f, c [limits]) from each start; ``data``: a pytree with an axis of
     lanes; ``shared``: one that all lanes have in common.
 
     ``function`` must be differentiable and finite, saturated or not; pass the same function again to reuse its
-    compiled program. ``rounds`` of multipliers, each of up to ``steps`` moves; ``progress`` gets the share done.
+    compiled program. ``rounds`` of multipliers, each of up to ``steps`` moves; ``limits``: how many, where that is
+    known without tracing the function; ``progress`` gets the share done.
 
     >>> found = minimise_within(lambda x, *_: ((x[0] - 1.0) ** 2 + x[1], x[:1] - 0.25), np.full((1, 2), 0.5))
     >>> found.x[0].round(4).tolist(), found.multipliers[0].round(3).tolist()
@@ -99,7 +101,8 @@ def minimise_within(
         return tuple(np.array(part) for part in found)
 
     weight = np.full(lanes, WEIGHT)
-    limits = jax.eval_shape(function, *jax.tree.map(lambda leaf: leaf[0], (x, data)), shared)[1].shape[0]
+    if limits is None:
+        limits = int(jax.eval_shape(function, *jax.tree.map(lambda leaf: leaf[0], (x, data)), shared)[1].shape[0])
     multipliers = np.zeros((lanes, limits))
     worst, least, hopeless = np.full(lanes, np.inf), np.full(lanes, np.inf), np.zeros(lanes, dtype=int)
     done = np.zeros(lanes, dtype=bool)
@@ -130,7 +133,7 @@ def minimise_within(
     return Solution(x, value, excess, multipliers, stationarity, complementarity, violation, evaluations)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+@program(0)
 def _evaluate(function, x, data, multipliers, weight, shared):
     """(augmented Lagrangian, f, c, gradient) of every lane."""
 

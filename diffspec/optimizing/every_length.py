@@ -10,7 +10,6 @@ In flight are as many requests as the batch cap allows, and no more than a close
 
 import json
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,17 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.analysis.answers import metric_values
-from diffspec.analysis.plain import FAST_COMPILE, few_sizes, padded_rows
+from diffspec.analysis.plain import few_sizes, padded_rows
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.first_principles import FirstPrinciples
 from diffspec.lengths import Lengths
-from diffspec.optimizing.limits import costs
-from diffspec.optimizing.question import MEMORY, Question
+from diffspec.optimizing.limits import MEMORY, costs
+from diffspec.optimizing.question import Question
 from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
 from diffspec.optimizing.servers import FIT_AGAIN, MILLION, NO_PAIR, Server, hours_per_million, joules, when_busy
 from diffspec.parameters import Scalar
 from diffspec.percentiles import known_up_to, predict_distribution, states_for
 from diffspec.prediction import Prediction
+from diffspec.programs import program
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.workload import Workload
@@ -105,7 +105,7 @@ class EveryLength(NamedTuple):
         return batch_cap(jax.tree.map(lambda leaf: leaf[0], self.workloads), self.config)
 
     def _looked_at(self, states: int) -> tuple[Callable, tuple]:
-        """:func:`looked_at` with its data."""
+        """:class:`LookedAt` with its data."""
         question, workload = self.question, jax.tree.map(lambda leaf: float(leaf[0]), self.workloads)
         pair = self.server.pair_at(workload) if "energy" in question.metrics else None
         if "energy" in question.metrics and pair is None:
@@ -117,7 +117,7 @@ class EveryLength(NamedTuple):
         use = self.server.memory_use(workload, self.max_batched_tokens) if MEMORY in question.metrics else None
         law, price = Lengths.lognormal(float(workload.output_scv)), np.float64(self.price or np.nan)
         key = None if pair is None else json.dumps(pair.to_dict(), sort_keys=True)
-        return looked_at(question.of_one, states, key), (question.bounds, law, price, use)
+        return LookedAt(question.of_one, states, key), (question.bounds, law, price, use)
 
     def _evaluate(self, serving: ServingModel, function: Callable, data: tuple) -> tuple[Values, np.ndarray]:
         count = len(self._rates())
@@ -126,7 +126,7 @@ class EveryLength(NamedTuple):
         return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], found)
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST_COMPILE)
+@program(0, 1)
 def _evaluate(function: Callable, longest: int, serving: ServingModel, workloads: Workload, config, data, count):
     """Of the first ``count`` loads; traced, so that few programs serve any number of them."""
     lengths = jnp.arange(longest + 1, dtype=float)
@@ -156,28 +156,31 @@ def _means(serving: ServingModel, workload: Workload, config: Configuration, fou
     return metric_values(found)
 
 
-@lru_cache
-def looked_at(question: Question, states: int, pair_json: str | None) -> Callable:
-    """``function(serving, workload, config, prediction, data)`` -> every mean and all that the question looks at, by
-    name; the same function for the same question, so that its program is compiled once.
+class LookedAt(NamedTuple):
+    """(serving, workload, config, prediction, data) -> every mean and all that ``question`` looks at, by name; equal
+    for the same question, so that its program is compiled once. ``states`` [req]: of the chain of requests;
+    ``pair_json``: of the architecture and hardware, for energy.
 
     ``data``: (bounds [s] of the limits on single requests, the law of lengths, price of an hour [1/h], the
-    :class:`diffspec.resources.MemoryUse`, None without a limit on memory); ``pair_json``: of the architecture and
-    hardware, for energy.
+    :class:`diffspec.resources.MemoryUse`, None without a limit on memory)
     """
-    pair = None if pair_json is None else FirstPrinciples.from_dict(json.loads(pair_json))
-    percents = tuple(dict.fromkeys(int(name.split("_p")[1]) for name in question.percentiles))
-    names = dict.fromkeys(limit.metric for limit in question.within)
-    places = {name: np.asarray([i for i, one in enumerate(question.within) if one.metric == name]) for name in names}
 
-    def function(serving: ServingModel, workload: Workload, config: Configuration, found: Prediction, data):
-        bounds, law, price, use = data
+    question: Question
+    states: int
+    pair_json: str | None
+
+    def __call__(self, serving: ServingModel, workload: Workload, config: Configuration, found: Prediction, data):
+        question, (bounds, law, price, use) = self.question, data
         values: dict[str, Any] = metric_values(found)
         if question.spread:
+            percents = tuple(dict.fromkeys(int(name.split("_p")[1]) for name in question.percentiles))
+            limited = [limit.metric for limit in question.within]
+            times: Mapping[str, Any] = {
+                name: bounds[np.flatnonzero([one == name for one in limited])] for name in dict.fromkeys(limited)
+            }
             means = {"ttft": found.ttft, "e2e": found.e2e_latency}
-            times: Mapping[str, Any] = {name: bounds[place] for name, place in places.items()}
             spread = predict_distribution(
-                serving, workload, config, law, states=states, percentiles=percents, at=times, means=means
+                serving, workload, config, law, states=self.states, percentiles=percents, at=times, means=means
             )
             tails = spread.at_means(**means)
             for name in question.percentiles:
@@ -188,15 +191,13 @@ def looked_at(question: Question, states: int, pair_json: str | None) -> Callabl
                 values["goodput"] = found.throughput * jnp.maximum(share, 1e-12)  # for its logarithm
         if "cost" in question.metrics:
             values["cost"] = hours_per_million(price, found.throughput, workload.output_length)
-        if "energy" in question.metrics and pair is not None:
+        if "energy" in question.metrics and self.pair_json is not None:
+            pair = FirstPrinciples.from_dict(json.loads(self.pair_json))
             batch = when_busy(found.effective_batch_size, workload)
             spent = joules(pair, serving.step_time, workload, config, batch, found.throughput)
             values["energy"] = MILLION * spent
         if use is not None:
             caps = [jnp.asarray(n, dtype=float) for n in (config.max_batch_size, workload.concurrency) if n is not None]
             most = jnp.min(jnp.stack(caps)) if caps else jnp.inf
-            held = workload.held_tokens
-            values[MEMORY] = use.gigabytes(most * held, config.draft_length > 0, config.drafter_scale)
+            values[MEMORY] = use.gigabytes(most * workload.held_tokens, config.draft_length > 0, config.drafter_scale)
         return values
-
-    return function

@@ -8,7 +8,6 @@ them is. :class:`AbstractProblem` searches; :class:`Problem` is that of one work
 import abc
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.analysis.answers import metric_values
-from diffspec.analysis.plain import FAST_COMPILE, finite
+from diffspec.analysis.plain import finite
 from diffspec.configuration import Configuration
 from diffspec.experts import CoverageTable, log_nodes
 from diffspec.optimizing.expert_placement import ExpertPlacement
 from diffspec.optimizing.expert_search import Pressure, descend, kicked, neighbours, pressure, routed
 from diffspec.optimizing.limits import Limit, costs
 from diffspec.optimizing.relaxation import at_draft_length
+from diffspec.programs import program
 from diffspec.results import RESULTS
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
@@ -37,7 +37,7 @@ SMALL_SPACE = 1_000_000
 SHOWN = ("e2e_mean", "ttft_mean", "tpot_mean", "throughput", "utilization")
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+@program(0)
 def _evaluate(longest: int, serving: ServingModel, tables: CoverageTable, workload: Workload, config: Configuration):
     """Metrics [tables, draft lengths 0..longest] and whether the load saturates there."""
     lengths = jnp.arange(longest + 1, dtype=float)

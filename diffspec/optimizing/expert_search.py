@@ -6,7 +6,7 @@ to both (implicit derivatives); the search over swaps and copies minimises that 
 """
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import equinox as eqx
@@ -17,12 +17,12 @@ import optax
 from scipy.optimize import linear_sum_assignment
 
 from diffspec.analysis.answers import METRICS
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
 from diffspec.experts import CoverageTable, ExpertRouting
 from diffspec.optimizing.expert_placement import ExpertPlacement
 from diffspec.optimizing.limits import Limit, cost
 from diffspec.optimizing.relaxation import at_draft_length
+from diffspec.programs import program
 from diffspec.serving import ServingModel
 from diffspec.staircase import StaircaseStepTime
 from diffspec.workload import Workload
@@ -60,7 +60,7 @@ def routed_draws(models: ServingModel, table: CoverageTable) -> ServingModel:
     return routed(models, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *np.shape(leaf))), table))
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+@program(0)
 def _answers(value: Callable, serving: ServingModel, table: CoverageTable, data):
     def moved(log_coverage, log_imbalance):
         here = CoverageTable(log_coverage, table.elasticity, jnp.exp(log_imbalance), table.low, table.high)
@@ -255,7 +255,7 @@ def soft_routing(logits, extra, popularity, slots_per_rank: float, redundant: fl
     return ExpertRouting(popularity, placed, share, SHARPNESS)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), compiler_options=FAST_COMPILE)
+@program(0, 1, 2, 3, 4)
 def _relax(
     objective,
     limits: tuple[Limit, ...],

@@ -20,19 +20,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffspec.acceptance import AbstractAcceptance, KnownMoments
 from diffspec.analysis.answers import metric_values
-from diffspec.analysis.plain import FAST_COMPILE, as_floats, enough_states, finite
+from diffspec.analysis.plain import as_floats, enough_states, finite
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.observations import UNCAPPED
 from diffspec.optimizing.limits import check_question, costs, parse_limit
+from diffspec.optimizing.servers import UNFILLED
+from diffspec.programs import program
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
 
 CHUNK = 256
 """Deployments of one call on one device."""
-UNFILLED = 1e15
-"""Stands for no bound of the KV cache [tok]."""
 
 
 def optimize_fleet(
@@ -114,7 +114,7 @@ def _lane(deployment: FittedDeployment, workload: Workload, longest: int, accept
     return serving, as_floats(bare), moments
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+@program(0)
 def _moments(longest: int, acceptance: AbstractAcceptance, probability):
     """(m1, m2) at draft lengths 0..longest [lengths, 2]."""
     lengths = jnp.arange(longest + 1, dtype=float)
@@ -138,7 +138,7 @@ def _evaluated(lanes: list, workload: Workload, loop: str, loads: Sequence[float
     return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(lanes)], found)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+@program(0)
 def _evaluate(loop: str, servings: ServingModel, configs: Configuration, moments, workload: Workload, loads):
     lengths = jnp.arange(moments.shape[1], dtype=float)
 

@@ -17,7 +17,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,14 +25,14 @@ import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance, ConstantAcceptance
 from diffspec.analysis.answers import metric_values
-from diffspec.analysis.plain import FAST_COMPILE, padded_rows
+from diffspec.analysis.plain import padded_rows
 from diffspec.configuration import Configuration
 from diffspec.latency_distribution import PERCENTILE_METRICS
 from diffspec.optimizing.catalogue import RequestClass
 from diffspec.optimizing.joint_tails import UNKNOWN, Tails, of_all, of_objective, tail_name
-from diffspec.optimizing.limits import OBJECTIVES, Limit
-from diffspec.optimizing.question import MEMORY, SPENT
+from diffspec.optimizing.limits import MEMORY, OBJECTIVES, SPENT, Limit
 from diffspec.optimizing.servers import hours_per_million
+from diffspec.programs import program
 from diffspec.resources import MemoryUse
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import ServingModel
@@ -263,12 +262,12 @@ def unmet(goal: Objective, metrics, cost):
     return found
 
 
-@partial(jax.jit, compiler_options=FAST_COMPILE)
+@program()
 def _many(drafted: Drafted, shapes: Shapes, load, points):
     return jax.vmap(lambda point: predicted(drafted, shapes, load, point))(points)
 
 
-@partial(jax.jit, compiler_options=FAST_COMPILE)
+@program()
 def _drawn(drafted: Drafted, models: ServingModel, shapes: Shapes, load, points):
     def one(model):
         model = replace(model, waiting_states=drafted.serving.waiting_states)

@@ -2,9 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -16,6 +14,7 @@ from diffspec.fitting.deployment import FittedDeployment
 from diffspec.optimizing.constrained import Solution, minimise_within
 from diffspec.optimizing.joint_problem import (
     COST,
+    ClassLimit,
     Drafted,
     Objective,
     Shapes,
@@ -154,12 +153,13 @@ def relaxed(arm: Arm, shapes, goal, limits, loads, ranges: Ranges, sizes=None, r
         "size": np.full(lanes, math.log(arm.size)),
         "replicas": np.repeat(replicas, len(starts)),
     }
-    function = relaxed_function(relaxable(goal), tuple(entry.of_one for entry in limits), variables)
+    function = _Relaxed(relaxable(goal), tuple(entry.of_one for entry in limits), variables)
     at = np.tile(starts[:, None], (len(loads), len(low)))
     bounds = np.asarray([1.0 if entry.limit.percentile else entry.limit.bound for entry in limits])  # tails have theirs
     alike = [range(count)] if variables.lengths > 1 else ()
     drafted = arm.drafted if variables.tree else arm.drafted._replace(candidates=None)
-    return minimise_within(function, at, data, (drafted, shapes, bounds, float(arm.max_nodes)), alike=alike)
+    shared = (drafted, shapes, bounds, float(arm.max_nodes))
+    return minimise_within(function, at, data, shared, alike=alike, limits=len(limits) + 1 + variables.tree)
 
 
 def relaxable(goal: Objective) -> Objective:
@@ -168,25 +168,26 @@ def relaxable(goal: Objective) -> Objective:
     return parse_objective("e2e_mean") if goal.metrics == (COST,) else goal
 
 
-@lru_cache
-def relaxed_function(goal: Objective, limits, variables: Variables) -> Callable:
-    """(cost, excesses, overload and, of a tree, nodes beyond the most) of a relaxed point; the same function for the
-    same question, so that its program is compiled once. Bounds are data: ``limits`` have 1."""
+class _Relaxed(NamedTuple):
+    """(cost, excesses, overload and, of a tree, nodes beyond the most) of a relaxed point; equal for the same question,
+    so that its program is compiled once. Bounds are data: ``limits`` have 1."""
 
-    def function(x, data, shared):
+    goal: Objective
+    limits: tuple[ClassLimit, ...]
+    variables: Variables
+
+    def __call__(self, x, data, shared):
         drafted, shapes, bounds, most = shared
         real = data["low"] + (data["high"] - data["low"]) * x
-        point = variables.point(real, data["cap"], data["size"])
+        point = self.variables.point(real, data["cap"], data["size"])
         metrics, overload, _ = predicted(drafted, shapes, data["load"], point)
-        broken = excesses(limits, metrics, shapes.share, data["replicas"])
-        broken = [*beyond(broken, [one.limit for one in limits], bounds), overload]
-        if variables.tree:
-            count = variables.classes
+        broken = excesses(self.limits, metrics, shapes.share, data["replicas"])
+        broken = [*beyond(broken, [one.limit for one in self.limits], bounds), overload]
+        if self.variables.tree:
+            count = self.variables.classes
             nodes = RegularTree(point[count + 1], point[0], drafted.candidates[0]).nodes()
             broken.append(jnp.log(nodes / most))
-        return cost_of(goal, metrics, shapes), jnp.stack(broken)
-
-    return function
+        return cost_of(self.goal, metrics, shapes), jnp.stack(broken)
 
 
 def excess_slopes(arm: Arm, shapes, limits, load, x: np.ndarray, ranges: Ranges, replicas: int = 1) -> np.ndarray:

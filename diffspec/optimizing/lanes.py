@@ -11,7 +11,6 @@ together. The rate told is the end of the bracket at which every limit is kept. 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -25,6 +24,7 @@ from diffspec.configuration import Configuration
 from diffspec.lengths import Lengths
 from diffspec.optimizing.limits import Limit
 from diffspec.percentiles import predict_distribution
+from diffspec.programs import program
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
 
@@ -131,7 +131,7 @@ def evaluate(
     return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=COMPILED)
+@program(0, compiler_options=COMPILED)
 def _evaluate(states: int, models, workloads, configs, lengths, rates, times, chunks):
     def one(model, workload, config, rate, asked):
         model = dataclasses.replace(model, waiting_states=states)

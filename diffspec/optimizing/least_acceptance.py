@@ -6,7 +6,6 @@ and without prompts it is where E_alpha(k) = step(k)/step(0); for k = 1 and a dr
 verification, whose own time does not grow with the drafted token, that is Leviathan's alpha > c (arXiv 2211.17192).
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
@@ -15,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffspec.acceptance import ConstantAcceptance
-from diffspec.analysis.plain import FAST_COMPILE
 from diffspec.configuration import Configuration
 from diffspec.optimizing.batch_tables import idle_request
 from diffspec.optimizing.relaxation import at_draft_length
+from diffspec.programs import program
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
 
@@ -33,7 +32,7 @@ class BreakEven(NamedTuple):
     tokens_per_step: np.ndarray
 
 
-@partial(jax.jit, compiler_options=FAST_COMPILE)
+@program()
 def _break_even(serving: ServingModel, workload: Workload, config: Configuration, draft_lengths, batches):
     def one(length, batch):
         idle = serving.times_in_service(workload, idle_request(serving, workload, config), batch)[0]

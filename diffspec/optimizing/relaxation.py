@@ -5,8 +5,7 @@ equilibrium, from several starts side by side: :mod:`diffspec.optimizing.constra
 """
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -54,23 +53,25 @@ def relaxed_draft_lengths(
     padded = padded_rows(workloads, few_sizes(loads))
     lanes = jax.tree.map(lambda leaf: np.repeat(leaf, count, axis=0), padded)
     shared = (serving, config, np.asarray([limit.bound for limit in limits]), float(longest), data)
-    function = _relaxed(objective, tuple(limit.of_one for limit in limits), values)
-    found = minimise_within(function, starts.reshape(-1, 1), lanes, shared, rounds=rounds)
+    function = _Relaxed(objective, tuple(limit.of_one for limit in limits), values)
+    found = minimise_within(function, starts.reshape(-1, 1), lanes, shared, rounds=rounds, limits=len(limits) + 1)
     best = [found.best(slice(first, first + count)) for first in range(0, loads * count, count)]
     return 1.0 + (longest - 1.0) * found.x[best, 0]
 
 
-@lru_cache
-def _relaxed(objective: str, limits: tuple[Limit, ...], values: Callable) -> Callable:
-    """(cost, excesses and overload) of a relaxed draft length; the same function for the same question, so that its
-    program is compiled once. Bounds are data: ``limits`` have 1."""
+class _Relaxed(NamedTuple):
+    """(cost, excesses and overload) of a relaxed draft length; equal for the same question, so that its program is
+    compiled once. Bounds are data: ``limits`` have 1."""
 
-    def function(x, workload, shared):
+    objective: str
+    limits: tuple[Limit, ...]
+    values: Callable
+
+    def __call__(self, x, workload, shared):
         serving, config, bounds, longest, data = shared
         at = at_draft_length(config, 1.0 + (longest - 1.0) * x[0])
         prediction = serving.predict(workload, at)
-        found = values(serving, workload, at, prediction, data)
-        broken = [limit.excess(found[limit.metric]) for limit in limits]
-        return log_cost(found[objective], objective), jnp.stack([*beyond(broken, limits, bounds), prediction.overload])
-
-    return function
+        found = self.values(serving, workload, at, prediction, data)
+        broken = [limit.excess(found[limit.metric]) for limit in self.limits]
+        excesses = [*beyond(broken, self.limits, bounds), prediction.overload]
+        return log_cost(found[self.objective], self.objective), jnp.stack(excesses)

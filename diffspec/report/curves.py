@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -10,10 +9,11 @@ import jax
 import numpy as np
 
 from diffspec.acceptance import AbstractAcceptance, KnownMoments
-from diffspec.analysis.plain import FAST_COMPILE, as_floats
+from diffspec.analysis.plain import as_floats
 from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.prediction import STAGES, Prediction
+from diffspec.programs import program
 from diffspec.results import RESULTS
 from diffspec.serving import ServingModel
 from diffspec.workload import Workload
@@ -50,7 +50,7 @@ class Curves:
         return float(self.loads[left] + share * (self.loads[left + 1] - self.loads[left]))
 
 
-@partial(jax.jit, compiler_options=FAST_COMPILE)
+@program()
 def _grid(serving: ServingModel, config: Configuration, lengths: Any, draft_lengths: Any, loads: dict[str, Any]):
     prompt, output = lengths
 

@@ -62,10 +62,18 @@ class SetAside:
 class RequestRows:
     """Batches of a request table as float arrays by run (rows alike in the columns `keys`), with what was set aside.
 
-    `groups`, the row groups to read of a Parquet file (None: all), whose first row is `first_row` (from 0); `checked`:
-    an earlier reader of the same file found nothing in it that could exhaust the memory."""
+    `groups`, the row groups to read of a Parquet file, or `span`, the bytes from and to of whole lines below the header
+    of a CSV file (None: all), whose first row is `first_row` (from 0); `checked`: an earlier reader of the same file
+    found nothing in it that could exhaust the memory."""
 
-    def __init__(self, source: Source, groups: Sequence[int] | None = None, first_row: int = 0, checked: bool = False):
+    def __init__(
+        self,
+        source: Source,
+        groups: Sequence[int] | None = None,
+        first_row: int = 0,
+        checked: bool = False,
+        span: tuple[int, int] | None = None,
+    ):
         import pyarrow as pa
         import pyarrow.csv
         import pyarrow.dataset
@@ -104,15 +112,35 @@ class RequestRows:
             ).error()
         self.keys = tuple(name for name in KEYS if name in names)
         self.columns = [name for name in (*TIMES, *TOKENS, "ok", "measured") if name in names]
-        self.first_row, self.aside = first_row, SetAside()
+        self.first_row, self.aside, self.span = first_row, SetAside(), span
 
     def batches(self) -> Iterator[tuple[Identity, dict[str, np.ndarray]]]:
         """(identity, requests) for every run in every batch; unusable rows are left out, counted."""
         self.aside = SetAside()
         with _AsTraceError(self.source):
-            for batch in self.dataset.to_batches(columns=[*self.keys, *self.columns], batch_size=BATCH_ROWS):
+            columns = [*self.keys, *self.columns]
+            whole = self.span is None
+            for batch in self.dataset.to_batches(columns, batch_size=BATCH_ROWS) if whole else self._lines(columns):
                 if batch.num_rows:
                     yield from self._split(batch)
+
+    def _lines(self, columns: list[str]) -> Iterator[Any]:
+        """Batches of the lines of `span`."""
+        import pyarrow.csv
+        import pyarrow.fs
+
+        assert self.span is not None
+        csv = self.dataset.format
+        options = pyarrow.csv.ConvertOptions(
+            column_types=csv.default_fragment_scan_options.convert_options.column_types,
+            strings_can_be_null=True,
+            include_columns=columns,
+        )
+        names = pyarrow.csv.ReadOptions(column_names=self.dataset.schema.names)
+        files = self.source.arrow_filesystem or pyarrow.fs.LocalFileSystem()
+        with files.open_input_file(str(self.source.path)) as file:
+            lines = file.get_stream(self.span[0], self.span[1] - self.span[0])
+            yield from pyarrow.csv.open_csv(lines, names, csv.parse_options, options)
 
     def _split(self, batch) -> Iterator[tuple[Identity, dict[str, np.ndarray]]]:
         import pyarrow as pa

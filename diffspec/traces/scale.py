@@ -1,6 +1,7 @@
 """Request logs in many files, here or in object storage, read part by part as one table.
 
-A part is some row groups of a Parquet file, or one CSV or JSON lines file; small ones share a partition. Workers read
+A part is some row groups of a Parquet file, some lines of a CSV file, or one JSON lines file; small ones share a
+partition. A CSV file with empty lines or line ends within quotes is one part. Workers read
 partitions and send back what `requests` merges: extents of runs, then sums, sketches and gaps by window. Rows of one
 run may lie in any files, in any order. Who works is a `Runner`: this process (`in_turn`), or a cluster (`dask_runner`).
 """
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..results import InputError, TraceError
 from .formats import FORMATS, recognise, unrecognised
@@ -26,7 +29,9 @@ PART_ROWS = 1 << 20
 MOST_FILES = 64
 """Files of a partition."""
 _ROW_BYTES = 100
-"""Of a row of CSV or JSON, at least: what is not Parquet does not tell how many it has."""
+"""Of a row of JSON, at least: it does not tell how many it has."""
+_PIECE = 1 << 22
+"""Bytes of CSV in which lines are counted at a time."""
 _STAGES = {extents_of: "extents of runs", windows_of: "windows", arrivals_of: "order of arrivals"}
 _FORMAT = next(item for item in FORMATS if item.gives == "requests")
 
@@ -155,17 +160,18 @@ def _stored(text: str) -> list[Located]:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that are read together: of `file` the row `groups` (None: all), the first of them row `first_row` (from 0),
-    about `rows` in all."""
+    """Rows that are read together: of `file` the row `groups` or the bytes of `span` (both None: all), the first of
+    them row `first_row` (from 0), about `rows` in all."""
 
     file: Located
     groups: tuple[int, ...] | None
     first_row: int
     rows: int
+    span: tuple[int, int] | None = None
 
     def reader(self) -> RequestRows:
         """Reads them."""
-        return RequestRows(self.file.source(), self.groups, self.first_row, checked=True)
+        return RequestRows(self.file.source(), self.groups, self.first_row, checked=True, span=self.span)
 
 
 def _looked_into(files: Sequence[Located]) -> list[list[Part] | Problem | str]:
@@ -187,13 +193,50 @@ def _parts_of(file: Located) -> list[Part] | Problem | str:
         return file.file if file.listed else Problem(str(unrecognised(source)))
     try:
         RequestRows(source)
-        return _row_groups(file, source) if source.kind == "parquet" else [Part(file, None, 0, _guess(source))]
+        if source.kind == "parquet":
+            return _row_groups(file, source)
+        lines = _lines(file, source) if source.kind == "text" else None
+        return lines or [Part(file, None, 0, source.size // _ROW_BYTES)]
     except TraceError as error:
         return Problem(str(error))
 
 
-def _guess(source: Source) -> int:
-    return source.size // _ROW_BYTES
+def _lines(file: Located, source: Source) -> list[Part] | None:
+    """Parts of a CSV file that end where lines end; None where a line may be no row: for a line with an odd number of
+    quotes, as where a cell holds a line end, empty lines, other line ends and very long lines."""
+    with source.open() as opened:
+        header = opened.readline(_PIECE)
+        if header.count(b'"') % 2 or not header.lstrip(b"\xef\xbb\xbf").strip():
+            return None
+        parts: list[Part] = []
+        start = at = len(header)
+        first, rows, last = 0, 0, header
+        while piece := opened.read(_PIECE):
+            piece += b"" if piece.endswith(b"\n") else opened.readline(_PIECE)
+            found = _rows_in(piece) if last.endswith(b"\n") else None
+            if found is None:
+                return None
+            at, rows, last = at + len(piece), rows + found, piece
+            if rows >= PART_ROWS:
+                parts.append(Part(file, None, first, rows, (start, at)))
+                start, first, rows = at, first + rows, 0
+    if rows:
+        parts.append(Part(file, None, first, rows, (start, at)))
+    return parts
+
+
+def _rows_in(lines: bytes) -> int | None:
+    """How many rows some lines of CSV are; None where a line may be none (`_lines`)."""
+    signs = np.frombuffer(lines, np.uint8)
+    ends, returns = signs == ord("\n"), signs == ord("\r")
+    starts = np.append(True, ends[:-1])
+    if (starts & (ends | returns)).any() or returns[-1] or (returns[:-1] & ~ends[1:]).any():
+        return None
+    if b'"' in lines:
+        quotes = np.flatnonzero(signs == ord('"'))
+        if (np.append(np.searchsorted(quotes, np.flatnonzero(ends)), quotes.size) % 2).any():
+            return None
+    return int(np.count_nonzero(ends)) + (not ends[-1])
 
 
 def _row_groups(file: Located, source: Source) -> list[Part]:

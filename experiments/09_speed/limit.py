@@ -7,8 +7,9 @@ The limit is measured, not looked up: one program that reads one number a system
 that stay near 1) as often as the equilibrium's own program does, and writes one number. Functions are counted in the
 traced program, loops as often as they run (XLA's cost analysis counts the body of a loop once); a power counts as one
 exp and one log. All are compiled alike and run in turns, in float64 and in float32 (in jax without 64-bit types: with
-them, plain numbers in the model make everything float64), the equilibrium whole and in chunks that stay in a cache
-(`jax.lax.map(..., batch_size=2048)`). Writes limit.json beside itself.
+them, plain numbers in the model make everything float64), the equilibrium three ways: whole (`jax.vmap`), in chunks
+that stay in a cache (`chunked_vmap` on one device: one core), and in chunks on as many devices as there are cores.
+Writes limit.json beside itself.
 """
 
 import argparse
@@ -16,16 +17,20 @@ import json
 import os
 import platform
 import statistics
-from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from steady_state import random_systems, solve, timed
+
+CORES = len(os.sched_getaffinity(0))
+jax.config.update("jax_num_cpu_devices", CORES)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from steady_state import random_systems, solve, timed  # noqa: E402
+
+from diffspec.chunks import chunked_vmap  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-CHUNK = 2048
 ONE = {"value": lambda x: solve(x)[0], "value and gradient": jax.value_and_grad(lambda x: solve(x)[0])}
 PROGRAMS = {name: jax.vmap(one) for name, one in ONE.items()}
 
@@ -62,17 +67,21 @@ def measured(numbers: np.ndarray, repeats: int) -> list[dict]:
     """Each program on systems of one type, in turns with the limit."""
     systems, found = jnp.asarray(numbers), []
     for name, program in PROGRAMS.items():
-        compiled = jax.jit(program).lower(systems).compile()
-        chunks = jax.jit(partial(jax.lax.map, ONE[name], batch_size=CHUNK)).lower(systems).compile()
+        ways = {
+            "whole": program,
+            "chunks": chunked_vmap(ONE[name], devices=jax.devices()[:1]),
+            "devices": chunked_vmap(ONE[name]),
+        }
+        calls = {way: jax.jit(many).lower(systems).compile() for way, many in ways.items()}
         functions = counted(jax.make_jaxpr(program)(systems).jaxpr)
-        limit = jax.jit(transcendentals(2 * round(functions / 2))).lower(systems[:, 0]).compile()
+        least = jax.jit(transcendentals(2 * round(functions / 2))).lower(systems[:, 0]).compile()
         turns = []
         for _ in range(repeats + 1):
-            turns.append((timed(compiled, systems), timed(chunks, systems), timed(limit, 1.0 + systems[:, 7])))
-        whole, seconds, least = (statistics.median(column) for column in zip(*turns[1:], strict=True))
-        entry = {"program": name, "dtype": numbers.dtype.name, "transcendentals": functions, "seconds": seconds}
-        entry |= {"solves_per_s": len(systems) / seconds, "limit_s": least, "times_the_limit": seconds / least}
-        entry |= {"whole_seconds": whole, "whole_times_the_limit": whole / least}
+            turns.append([timed(least, 1.0 + systems[:, 7]), *(timed(call, systems) for call in calls.values())])
+        limit, *seconds = (statistics.median(column) for column in zip(*turns[1:], strict=True))
+        entry = {"program": name, "dtype": numbers.dtype.name, "transcendentals": functions, "limit_s": limit}
+        for way, taken in zip(ways, seconds, strict=True):
+            entry[way] = {"seconds": taken, "solves_per_s": len(systems) / taken, "times_the_limit": taken / limit}
         found.append(entry)
         print(json.dumps(entry), flush=True)
     return found
@@ -84,7 +93,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     asked = parser.parse_args()
     answer: dict = {
-        "machine": f"{len(os.sched_getaffinity(0))} virtual CPU cores, {platform.machine()}",
+        "machine": f"{CORES} virtual CPU cores, {platform.machine()}",
         "load_before": os.getloadavg()[0],
         "systems": asked.systems,
         "programs": [],

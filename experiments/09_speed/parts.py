@@ -28,6 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from measure import Compiles, exponent, first_and_later, in_turns, peak_memory_gb, say
 
+from diffspec.chunks import chunked_vmap
+
 TABLE = HERE.parents[1] / "data" / "vllm_cpu_quiet.csv"
 LENGTHS = {"prompt_length": 64.0, "output_length": 64.0}
 COMPILES = Compiles()
@@ -85,10 +87,6 @@ def compiled(function: Callable, arguments) -> tuple[Any, dict[str, Any]]:
     return program, told
 
 
-CHUNK = 16_384
-"""Configurations of a whole prediction that are evaluated side by side in a large batch, the others after them."""
-
-
 def configuration(folder: Path, quick: bool) -> dict[str, Any]:
     """Value, and value with gradient by all inputs: the equilibrium alone and the whole prediction, by batch."""
     from steady_state import random_systems, solve
@@ -105,9 +103,8 @@ def configuration(folder: Path, quick: bool) -> dict[str, Any]:
             arguments = jnp.asarray(draw(count) if count > 1 else draw(1)[0])
             calls, told = {}, {}
             for kind, function in kinds.items():
-                batched = function if count == 1 else jax.vmap(function)
-                if name == "prediction" and count > 10 * CHUNK:
-                    batched = partial(jax.lax.map, function, batch_size=CHUNK)
+                many = chunked_vmap if name == "prediction" and count > 100_000 else jax.vmap
+                batched = function if count == 1 else many(function)
                 program, told[kind] = compiled(batched, arguments)
                 calls[kind] = lambda program=program, arguments=arguments: jax.block_until_ready(program(arguments))
                 start = time.perf_counter()
@@ -256,7 +253,7 @@ def scaling_batch(folder: Path, quick: bool) -> dict:
     calls = {}
     for size in sizes:
         arguments = jnp.asarray(predictions(size))
-        program = jax.jit(partial(jax.lax.map, jax.value_and_grad(predicted), batch_size=min(CHUNK, size)))
+        program = jax.jit(chunked_vmap(jax.value_and_grad(predicted)))
         program = program.lower(arguments).compile()
         calls[size] = lambda program=program, arguments=arguments: jax.block_until_ready(program(arguments))
     return scaled("predict with gradient, side by side", "configurations", calls, 5.0, 4)

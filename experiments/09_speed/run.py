@@ -88,8 +88,9 @@ def key_figures(told: dict[str, Any]) -> dict[str, str]:
     return {
         "steady_state": f"{told['steady_state']['value']['solves_per_s']:.3g} solves/s, "
         f"{told['steady_state']['speedup_over_brentq']:.3g} times a brentq loop",
-        "limit": f"{value['whole_times_the_limit']:.3g} times the limit of this machine, with gradients "
-        f"{both['whole_times_the_limit']:.3g}",
+        "limit": f"{value['devices']['times_the_limit']:.3g} times the limit of this machine, with gradients "
+        f"{both['devices']['times_the_limit']:.3g}; whole {value['whole']['times_the_limit']:.3g} and "
+        f"{both['whole']['times_the_limit']:.3g}",
         "simulator": f"{told['simulator']['sequence_steps'][1]['sequence_steps_per_second']:.3g} sequence-steps/s",
         "request_table": f"{table['log']['rows_per_s']:.3g} rows/s of {table['rows']:.0e}, "
         f"{table['log']['peak_memory_gb']:.2g} GB",
