@@ -99,7 +99,7 @@ class Workload(eqx.Module):
         check_range("n_requests", self.n_requests, 1, 1e12, low_open=False, unit="req")
 
     @property
-    def held_tokens(self) -> Scalar:
+    def held_tokens(self):
         """Mean cached tokens [tok] of a request in service (:func:`held_tokens`)."""
         return held_tokens(self.prompt_length, self.output_length, self.output_scv)
 
