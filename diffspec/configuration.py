@@ -61,6 +61,5 @@ def batch_cap(workload: Workload, config: Configuration):
     if config.max_batch_size is not None:
         caps.append(jnp.asarray(config.max_batch_size, dtype=float))
     if config.kv_capacity_tokens is not None:
-        held = workload.prompt_length + 0.5 * workload.output_length * (1.0 + workload.output_scv)
-        caps.append(jnp.maximum(config.kv_capacity_tokens / held, 1.0))
+        caps.append(jnp.maximum(config.kv_capacity_tokens / workload.held_tokens, 1.0))
     return None if not caps else caps[0] if len(caps) == 1 else jnp.minimum(caps[0], caps[1])

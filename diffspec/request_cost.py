@@ -23,7 +23,7 @@ from diffspec.acceptance import StepsForm, steps_per_request
 from diffspec.configuration import Configuration
 from diffspec.parameters import Scalar
 from diffspec.step_time import AbstractStepTime, BatchState, scaled
-from diffspec.workload import Workload
+from diffspec.workload import Workload, held_tokens
 
 EachClass = Scalar | Float[Array, "classes"]
 """One number, or one for each class of requests."""
@@ -137,7 +137,7 @@ def request_cost(
         drafted = config.acceptance.drafted_tokens(length) * config.draft_probability
     prompt = jnp.asarray(workload.prompt_length, dtype=float)
     output = jnp.asarray(workload.output_length, dtype=float)
-    held = prompt + 0.5 * output * (1.0 + workload.output_scv)  # long requests are in service for longer
+    held = held_tokens(prompt, output, workload.output_scv)
 
     def step_parts(sequences, context=held):
         return step_time(BatchState.decoding(sequences, drafted, context, passes))

@@ -130,8 +130,8 @@ def _column(values):
 
 
 def _contexts(workloads: Sequence[Workload]):
-    """[classes] cached tokens of a decoding sequence: long requests are in service for longer."""
-    return _column([w.prompt_length + 0.5 * w.output_length * (1.0 + w.output_scv) for w in workloads])
+    """[classes] cached tokens of a decoding sequence."""
+    return _column([workload.held_tokens for workload in workloads])
 
 
 def _drafts(configs: Sequence[Configuration]):

@@ -86,9 +86,14 @@ def activation_bytes(model: Transformer, batched_tokens: float, devices: int = 1
 
 
 def memory_plan(
-    pair: FirstPrinciples, *, memory_share: float = MEMORY_SHARE, batched_tokens: float = BATCHED_TOKENS
+    pair: FirstPrinciples,
+    *,
+    memory_share: float = MEMORY_SHARE,
+    batched_tokens: float = BATCHED_TOKENS,
+    copies_bytes: float = 0.0,
 ) -> MemoryPlan:
-    """What fits on each of the pair's devices. A pair that does not fit is an answer: ``fits`` False, with numbers.
+    """What fits on each of the pair's devices, with ``copies_bytes`` [B] of further copies of experts on each of the
+    verifier's. A pair that does not fit is an answer: ``fits`` False, with numbers.
 
     Errors: :class:`InputError` for a share outside (0, 1] or tokens outside [1, 1e7].
     """
@@ -103,7 +108,7 @@ def memory_plan(
         if shared:  # a head that uses the verifier's embedding and head
             own -= pair.drafter.embedding_weights * pair.drafter.head_bits / 8.0
     usable = memory_share * pair.hardware.memory_bytes
-    verifier = pair.verifier.weight_bytes / devices
+    verifier = pair.verifier.weight_bytes / devices + copies_bytes
     active = activation_bytes(pair.verifier, batched_tokens, devices)
     per_token = pair.kv_bytes(pair.verifier)
     longest = pair.prompt_length + pair.output_length

@@ -45,6 +45,18 @@ def batched(make: Callable, **columns):
     return jax.vmap(lambda row: make(**row))(columns)
 
 
+def held_tokens(prompt_length, output_length, output_scv):
+    """Mean cached tokens [tok] of a request in service, of a ``prompt_length`` and an ``output_length`` [tok] whose
+    squared coefficient of variation is ``output_scv`` [1]: long requests are in service for longer.
+
+        held = prompt_length + output_length*(1 + output_scv)/2
+
+    >>> held_tokens(300.0, 200.0, 0.5)
+    450.0
+    """
+    return prompt_length + 0.5 * output_length * (1.0 + output_scv)
+
+
 class Workload(eqx.Module):
     """Mean load on one deployment, either open loop (``arrival_rate``) or closed loop (``concurrency``).
 
@@ -85,6 +97,11 @@ class Workload(eqx.Module):
         check_range("output_scv", self.output_scv, 0, 1e6, low_open=False, unit="(squared coefficient of variation)")
         check_range("prefix_hit_rate", self.prefix_hit_rate, 0, 1, low_open=False, unit="(share of the prompt)")
         check_range("n_requests", self.n_requests, 1, 1e12, low_open=False, unit="req")
+
+    @property
+    def held_tokens(self):
+        """Mean cached tokens [tok] of a request in service (:func:`held_tokens`)."""
+        return held_tokens(self.prompt_length, self.output_length, self.output_scv)
 
     @property
     def is_open(self) -> bool:

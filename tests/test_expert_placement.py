@@ -18,15 +18,18 @@ from test_cli_main import run, toy_deployment, toy_model
 from diffspec.acceptance import ConstantAcceptance
 from diffspec.analysis.before_traces import before_traces
 from diffspec.architecture import read_architecture
+from diffspec.cli.experts import ExpertOptions
 from diffspec.experts import CoverageTable, ExpertRouting
 from diffspec.first_principles import FirstPrinciples
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.forms import Scales, build_form
 from diffspec.hardware import accelerator
 from diffspec.optimizing import expert_search
+from diffspec.optimizing.catalogue import DrafterChoice
 from diffspec.optimizing.expert_balance import exported, place_experts, place_unmeasured
 from diffspec.optimizing.expert_placement import (
     ExpertPlacement,
+    Placing,
     all_placements,
     check_slots,
     eplb,
@@ -36,6 +39,9 @@ from diffspec.optimizing.expert_placement import (
 )
 from diffspec.optimizing.expert_problem import undominated
 from diffspec.optimizing.expert_search import _Layer, descend, neighbours, pressure, rounded, routed
+from diffspec.optimizing.fleet import optimize_fleet
+from diffspec.optimizing.joint_arms import making_room
+from diffspec.optimizing.servers import server_of
 from diffspec.results import InputError
 from diffspec.traces.routing import RoutingCounts, read_routing
 from diffspec.workload import Workload
@@ -500,6 +506,12 @@ def test_what_cannot_be_placed_is_named():
         place_experts(toy_deployment(), counts_of(SKEWED), expert_ranks=2, **asked([1.0]))
     with pytest.raises(InputError, match="got 6 experts"):
         place_experts(mixture(8, 2, 2), counts_of(SKEWED), **asked([1.0]))
+    with pytest.raises(InputError, match=r"limits are on ttft_mean.*decided too \(--batch-caps\)"):
+        place_experts(mixture(6, 2, 2), counts_of(SKEWED), **asked([1.0], slo=["memory<72"]))
+    with pytest.raises(InputError, match="of one model at a time"):
+        optimize_fleet({}, **asked([1.0], slo=["ttft_p95<0.5"]))
+    with pytest.raises(InputError, match="did you mean 'ttft_mean'"):
+        place_experts(mixture(6, 2, 2), counts_of(SKEWED), **asked([1.0], slo=["ttft_mea<1"]))
 
 
 # --- the command line ----------------------------------------------------------------------
@@ -511,6 +523,16 @@ def routing(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     np.savez(tmp_path / "routing.npz", counts=SKEWED * 1e6)
     return tmp_path / "routing.npz"
+
+
+def test_a_joint_decision_starts_from_busier_ranks_only_where_any_will_do(small, routing):
+    deployment, _, _, answer = small
+    options = ExpertOptions(experts=routing)
+    capped, free = (one.candidates(deployment, answer) for one in (options, replace(options, any_rank_load=True)))
+    assert capped is not None and free is not None and np.all(np.isinf(free.caps)) and np.all(np.isfinite(capped.caps))
+    busiest = {name: one.max_rank_load(SKEWED) for name, one in free.placements.items()}
+    busier = {name for name, load in busiest.items() if load > capped.caps[0] * (1 + 1e-9)}
+    assert busier and set(capped.placements) == set(busiest) - busier and free.copies == 2
 
 
 def test_optimize_places_experts_of_a_fitted_model(routing, tmp_path):
@@ -534,20 +556,43 @@ def test_optimize_places_experts_of_a_fitted_model(routing, tmp_path):
     assert run(*line[:2], *line[2:12], "--expert-ranks", "2").code == 2
 
 
-def test_experts_are_placed_before_any_trace(tmp_path, monkeypatch):
-    """The memory of copies comes off the KV cache, and the draws of what is not known have the placement."""
-    monkeypatch.setattr(expert_search, "MOST_RELAXED", 0)
+@pytest.fixture
+def subject(tmp_path):
+    """Eight layers of six experts on two L4, never measured."""
     six = QWEN3_30B_A3B | {"num_experts": 6, "num_experts_per_tok": 2, "num_hidden_layers": 8}
     (tmp_path / "config.json").write_text(json.dumps(six), encoding="utf-8")
     device, verifier = accelerator("l4"), read_architecture(tmp_path / "config.json")
-    pair = FirstPrinciples(verifier, device, drafter_kind="head", tensor_parallel=2, **LENGTHS)
-    subject = before_traces(pair)
+    return before_traces(FirstPrinciples(verifier, device, drafter_kind="head", tensor_parallel=2, **LENGTHS))
+
+
+EXPERT_BYTES = 3 * 2048 * 768 * 2.0  # of a layer
+
+
+def test_copies_take_memory_of_every_model_of_a_catalogue_once(subject):
+    """A full cache is what the device has, whether the model tells its cache or not."""
+    placements = Placing(SKEWED, {"EPLB": eplb(SKEWED, 2, 2)})
+    given = [
+        DrafterChoice(name, deployment=one) for name, one in (("own", subject.deployment), ("toy", mixture(6, 2, 2)))
+    ]
+    found, notes = making_room([DrafterChoice("small", 1e9), *given], placements)
+    assert found[0].deployment is None and len(notes) == 1 and notes[0].startswith("drafter toy: the KV cache")
+    own, load = found[1].deployment, Workload(**LENGTHS, arrival_rate=1.0)
+    unknown = replace(own, defaults=own.defaults | {"kv_capacity_tokens": None})
+    before, *after = (server_of(one).memory_use(load, None) for one in (subject.deployment, own, unknown))
+    for use in after:
+        assert use.fixed - before.fixed == pytest.approx(8 * 2 * EXPERT_BYTES / 2)
+        assert use.gigabytes(1e12, True) == pytest.approx(subject.plan.usable_bytes / 1e9, rel=1e-9)
+    assert making_room(found[1:2], placements)[0][0].deployment is own
+
+
+def test_experts_are_placed_before_any_trace(subject, monkeypatch):
+    """The memory of copies comes off the KV cache, and the draws of what is not known have the placement."""
+    monkeypatch.setattr(expert_search, "MOST_RELAXED", 0)
     with pytest.raises(InputError, match="a divisor of the 2 devices"):
         place_unmeasured(subject, counts_of(SKEWED), expert_ranks=3, **asked([4.0]))
     placed, answer = place_unmeasured(subject, counts_of(SKEWED), redundant_experts=2, **asked([4.0]))
     assert answer["expert_ranks"] == 2 and answer["slots_per_rank"] == 4
-    one = 3 * 2048 * 768 * 2.0  # bytes of an expert of a layer
-    assert answer["memory"]["copies_bytes"] == pytest.approx(8 * 2 * one / 2)
+    assert answer["memory"]["copies_bytes"] == pytest.approx(8 * 2 * EXPERT_BYTES / 2)
     lost = subject.plan.kv_capacity_tokens - placed.plan.kv_capacity_tokens
     per_token = placed.plan.kv_bytes_per_token + placed.plan.drafter_kv_bytes_per_token
     assert lost * per_token == pytest.approx(answer["memory"]["copies_bytes"])

@@ -19,18 +19,23 @@ from diffspec.cli import main
 from diffspec.configuration import Configuration
 from diffspec.experts import ExpertRouting
 from diffspec.fitting.deployment import FittedDeployment, FittedModel
-from diffspec.optimizing import joint_experts
+from diffspec.optimizing import expert_problem, joint_experts
 from diffspec.optimizing.catalogue import DrafterChoice, RequestClass, parse_drafters
 from diffspec.optimizing.expert_balance import candidate_placements, place_experts
 from diffspec.optimizing.expert_placement import ExpertPlacement, Placing, all_placements, eplb
 from diffspec.optimizing.expert_search import routed
 from diffspec.optimizing.joint import optimize_jointly
+from diffspec.optimizing.joint_answer import violations
 from diffspec.optimizing.joint_arms import arms_of
-from diffspec.optimizing.joint_choice import foremost
-from diffspec.optimizing.joint_draws import Contender, contenders, draw_shortlist, shortlist
-from diffspec.optimizing.joint_problem import parse_objective, shapes_of
-from diffspec.optimizing.joint_search import Ranges, Scored, rows, score
+from diffspec.optimizing.joint_choice import foremost, least_risky
+from diffspec.optimizing.joint_draws import Contender, Drawn, contenders, draw_shortlist, shortlist
+from diffspec.optimizing.joint_experts import aim_of
+from diffspec.optimizing.joint_problem import ClassLimit, parse_objective, shapes_of
+from diffspec.optimizing.joint_question import read_joint_question
+from diffspec.optimizing.joint_search import Ranges, Scored, rows, score, scored
+from diffspec.optimizing.limits import parse_limit
 from diffspec.programs import FAST_COMPILE
+from diffspec.report import joint_tables
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
 from diffspec.trees import Tree
@@ -237,6 +242,75 @@ def test_goodputs_that_are_near_are_equal_by_their_distance():
         assert foremost([Contender(0, rows(twice, [best])), *each]) is each[best]
 
 
+def test_a_risk_that_nothing_meets_leaves_the_one_that_keeps_limits_most_often():
+    """Neither the quickest nor the cheapest; where draws tell none from another, the nearest by the model as it is; and
+    a limit that is broken in draws alone is none that the point breaks."""
+    points = np.tile([[3.0, 48.0, 0.0, 0.0]], (3, 1))
+    metrics = {name: np.full((3, 1), 0.5) for name in ("utilization", "ttft_mean")}
+    cost, e2e = np.asarray([-1.0, -1.1, -1.2]), np.asarray([2.0, 3.0, 1.0])
+    found = Scored(points, metrics, cost, np.full(3, 1e-3), np.full(3, -1.0), np.zeros(3, bool), e2e, np.ones(3))
+    listed = [Contender(0, rows(found, [row])) for row in range(3)]
+    kept = np.asarray([[True, True, False]] * 2 + [[True, False, False]] + [[False] * 3])
+    drawn = Drawn(np.tile(cost, (4, 1)), kept, np.ones((4, 3)))
+    assert least_risky(drawn, listed, [0, 1, 2], 2, 0.9, 1e-3) == (0, np.inf)
+    assert least_risky(drawn, listed, [1, 2], 2, 0.9, 0.0) == (1, np.inf)
+    nothing = drawn._replace(feasible=np.zeros((4, 3), bool))
+    assert least_risky(nothing, listed, [0, 1, 2], 1, 0.9, 1e-3) == (1, np.inf)
+    assert least_risky(drawn, listed, [0, 1, 2], 2, 0.5, 0.0) == (1, -1.1)
+    assert least_risky(drawn, listed, [0, 1, 2], 2, 0.5, 0.2) == (0, -1.0)  # equal, and quicker
+    ranges = Ranges(LONGEST, (48.0,))
+    asked = read_joint_question((CHAT,), "e2e_mean", ["ttft_mean<0.6"], ranges, [1.0], [1], 0.9)
+    assert violations(listed[0].point, asked, 1.0) == {}
+
+
+def test_a_placement_is_looked_for_by_what_a_decision_lacks():
+    """Its merit tells: the objective where limits are kept; the worst limit where there is one; the latency where no
+    request counts, whether or not there are limits; the load where it is not served."""
+    shapes, limits = shapes_of((CHAT,)), (ClassLimit(None, parse_limit("ttft_mean<0.4")),)
+    merits = {}
+    for name, goodput, ttft in (("kept", 0.9, 0.3), ("broken", 0.9, 0.5), ("nothing", 0.0, 0.3), ("both", 0.0, 0.5)):
+        told = {"goodput": goodput, "throughput": 1.0, "utilization": 0.5, "e2e_mean": 2.0, "ttft_mean": ttft}
+        metrics = {metric: np.full((2, 1), value) for metric, value in told.items()}
+        found = scored(
+            np.ones((2, 4)), metrics, np.asarray([0, 1], bool), shapes, parse_objective("goodput"), limits, 1
+        )
+        merits[name], lost = found.rank + 1e-3 * found.e2e
+        assert aim_of(lost, True) == "load"
+    assert [aim_of(merit, True) for merit in merits.values()] == ["cost", "limits", "latency", "latency"]
+    assert aim_of(merits["nothing"], False) == "latency"
+
+
+@pytest.mark.parametrize(
+    ("objective", "value"),
+    [
+        *(("goodput", "4 req/s"), ("capacity", "4 req/s"), ("energy", "4 J"), ("cost", "4"), ("2*cost", "4")),
+        *(("e2e_p95", "4000 ms"), ("0.7*e2e_mean + 0.3*ttft_mean", "4000 ms"), ("e2e_mean+0.1*energy", "4")),
+    ],
+)
+def test_an_objective_is_told_in_its_unit_and_a_placement_where_it_serves(objective, value):
+    common = {"drafter": "good", "draft_length": 2, "tree": None, "objective": 4.0, "feasible": True}
+    entry = {"load": 1.0, "drafter": "good", "draft_lengths": {"chat": 2}, "tree": None, "max_batch_size": 16.0}
+    entry |= {"placement": "searched", "objective": 4.0, "common": common, "metrics": {}, "shadow_prices": []}
+    entry |= dict.fromkeys(("speedup", "headroom", "chosen_probability", "drafter_size")) | {"violations": {}}
+    placed = {"searched": True, "objective_before": 4.0, "max_rank_load": 0.5}
+    answer = {
+        "replicas": [1],
+        "placements": ["searched"],
+        "objective": objective,
+        "outcome": "",
+        "optimality_gap": None,
+    }
+
+    def told(**changed):
+        lines = list(joint_tables.joint(answer | {"table": [entry | {"placed": placed} | changed]}))
+        return [str(line) for line in lines if "busiest" in str(line)]
+
+    (both,), lost = told(feasible=True), told(feasible=False)
+    assert both.endswith(f"{objective} {value} instead of {value}, busiest rank 0.5") and not lost
+    (only,) = told(feasible=True, placed=placed | {"objective_before": None})
+    assert only.endswith("at a decision: busiest rank 0.5")
+
+
 def test_a_model_that_does_not_tell_has_no_intervals(decide):
     answer = decide([4.0])
     assert answer["intervals"] is None and answer["intervals_reason"].startswith("trees: ")
@@ -351,6 +425,32 @@ def test_local_search_at_the_decision_is_near_the_best_of_all(placing, every_pla
 
 
 @pytest.mark.slow
+def test_a_placement_for_goodput_is_looked_for_by_latency_and_where_nobody_keeps_the_limits(placing, monkeypatch):
+    """Where every request keeps its limits goodput is the load on any placement: a quicker one is found all the same,
+    also in the local search. Where none does no placement has an objective, and that is an answer; and a price, which
+    no placement moves, leaves the quickest."""
+    monkeypatch.setattr(joint_experts, "SMALL_SPACE", joint_experts.MOST_DECISIONS)
+    monkeypatch.setattr(joint_experts, "STARTS", 1)
+    monkeypatch.setattr(expert_problem, "POLISHED", 8)
+    deployment, placements, asked = placing
+    (quick,) = optimize_jointly(deployment, placements=placements, **asked)["table"]
+    easy = {"objective": "goodput", "slo": ["ttft<900"]}
+    (served,) = optimize_jointly(deployment, placements=placements, **easy, **asked)["table"]
+    known = replace(placements, caps=None)
+    (before,) = optimize_jointly(deployment, placements=known, **easy, **asked)["table"]
+    latencies = [entry["metrics"]["all"]["e2e_mean"] for entry in (served, before, quick)]
+    assert served["placed"]["searched"] and latencies[0] < latencies[1] * (1 - 1e-3)
+    assert latencies[0] <= latencies[2] * 1.001
+    answer = optimize_jointly(deployment, placements=placements, **(easy | {"slo": ["ttft<0.000001"]}), **asked)
+    assert answer["outcome"] == "infeasible" and answer["table"][0]["placed"]["objective_before"] is None
+    (cheap,) = optimize_jointly(deployment, placements=placements, objective="cost", cost_per_hour=2.0, **asked)[
+        "table"
+    ]
+    assert cheap["objective"] == cheap["placed"]["objective_before"]
+    assert cheap["metrics"]["all"]["e2e_mean"] <= latencies[2] * 1.001
+
+
+@pytest.mark.slow
 def test_a_placement_is_decided_on_the_command_line(tmp_path, capsys, monkeypatch):
     deployment = mixture(6, 2, 2)
     np.savez(tmp_path / "routing.npz", counts=popularity(6, 2, 0.7, 0) * 1e6)
@@ -364,7 +464,7 @@ def test_a_placement_is_decided_on_the_command_line(tmp_path, capsys, monkeypatc
     assert main([*command, "--out", str(tmp_path / "told.json")]) == 0
     shown = capsys.readouterr().out
     assert "experts placed" in shown and "6 experts, 2 a token, on 2 ranks" in shown
-    assert "the placement was looked for at this decision" in shown
+    assert "the placement is one that was looked for at a decision: e2e_mean" in shown
     told = json.loads((tmp_path / "told.json").read_text())
     (entry,) = told["table"]
     assert told["experts"]["outcome"] == "successful" and entry["placement"] in told["placements"]

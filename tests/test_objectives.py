@@ -247,7 +247,7 @@ def test_the_same_limit_twice_is_one_and_equals_are_equal():
         ({"objective": "cost", "cost_per_hour": 1.0}, "diffspec size"),
         ({"slo": ["cost<5"]}, "no price is known"),
         ({"objective": "energy"}, "neither the fit nor the question"),
-        ({"slo": ["memory<72"]}, "allowed: with --verifier config.json and --hardware NAME"),
+        ({"slo": ["memory<72"]}, "fit again with --verifier config.json --hardware NAME"),
         ({"slo": ["memory>72"]}, "memory is limited from above, in GB"),
         ({"objective": "memory"}, "objective: got 'memory'"),
         ({"objective": "tpot_mean", "output_length": 1.0}, "no time per token after the first"),

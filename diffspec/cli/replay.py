@@ -85,10 +85,7 @@ class ReplayOptions:
             text = self.schedule.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{self.schedule}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        cached = 1.0
-        if workload is not None:
-            held = 0.5 * float(workload.output_length) * (1.0 + float(workload.output_scv))
-            cached = float(workload.prompt_length) + held
+        cached = 1.0 if workload is None else float(workload.held_tokens)
         found = parse_schedule(text, str(self.schedule), cached)
         if self.bands and not found.bands and len(found.ranges) > 1:
             raise InputError(f"--bands: {self.schedule} has none; allowed: an answer of 'diffspec policy'")

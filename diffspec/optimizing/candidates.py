@@ -11,8 +11,7 @@ import numpy as np
 from diffspec.analysis.plain import finite
 from diffspec.lengths import Lengths
 from diffspec.optimizing.lanes import Lanes, asked_of, evaluate, join, limited_values
-from diffspec.optimizing.limits import Limit
-from diffspec.optimizing.question import MEMORY
+from diffspec.optimizing.limits import MEMORY, Limit
 from diffspec.optimizing.servers import MILLION, NO_PAIR, Server, batch_caps, hours_per_million, joules_per_token
 from diffspec.percentiles import states_for
 from diffspec.results import InputError

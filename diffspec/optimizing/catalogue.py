@@ -11,8 +11,7 @@ import yaml
 
 from diffspec.acceptance import AbstractAcceptance, ConstantAcceptance, PositionAcceptance
 from diffspec.fitting.deployment import FittedDeployment
-from diffspec.optimizing.limits import LIMITED, PERCENTILE_METRICS, Limit, parse_limit
-from diffspec.optimizing.question import PER_REQUEST
+from diffspec.optimizing.limits import LIMITED, PER_REQUEST, PERCENTILE_METRICS, Limit, parse_limit
 from diffspec.results import InputError
 from diffspec.trees import check_probabilities
 from diffspec.workload import check_range

@@ -21,10 +21,10 @@ from diffspec.analysis.plain import few_sizes, padded_rows
 from diffspec.configuration import Configuration, batch_cap
 from diffspec.first_principles import FirstPrinciples
 from diffspec.lengths import Lengths
-from diffspec.optimizing.limits import costs
-from diffspec.optimizing.question import MEMORY, Question
+from diffspec.optimizing.limits import MEMORY, costs
+from diffspec.optimizing.question import Question
 from diffspec.optimizing.relaxation import at_draft_length, relaxed_draft_lengths
-from diffspec.optimizing.servers import MILLION, NO_PAIR, Server, hours_per_million, joules, when_busy
+from diffspec.optimizing.servers import FIT_AGAIN, MILLION, NO_PAIR, Server, hours_per_million, joules, when_busy
 from diffspec.parameters import Scalar
 from diffspec.percentiles import known_up_to, predict_distribution, states_for
 from diffspec.prediction import Prediction
@@ -109,7 +109,7 @@ class EveryLength(NamedTuple):
         question, workload = self.question, jax.tree.map(lambda leaf: float(leaf[0]), self.workloads)
         pair = self.server.pair_at(workload) if "energy" in question.metrics else None
         if "energy" in question.metrics and pair is None:
-            raise InputError(f"energy: {NO_PAIR}; allowed: with a verifier's config and its hardware")
+            raise InputError(f"energy: {NO_PAIR}; {FIT_AGAIN}")
         if "cost" in question.metrics and self.price is None:
             raise InputError("cost: no price is known; allowed: with cost_per_hour, the price of a device")
         if not (question.spread or question.spent):
@@ -199,6 +199,5 @@ class LookedAt(NamedTuple):
         if use is not None:
             caps = [jnp.asarray(n, dtype=float) for n in (config.max_batch_size, workload.concurrency) if n is not None]
             most = jnp.min(jnp.stack(caps)) if caps else jnp.inf
-            held = workload.prompt_length + 0.5 * workload.output_length * (1.0 + workload.output_scv)
-            values[MEMORY] = use.gigabytes(most * held, config.draft_length > 0, config.drafter_scale)
+            values[MEMORY] = use.gigabytes(most * workload.held_tokens, config.draft_length > 0, config.drafter_scale)
         return values

@@ -42,6 +42,7 @@ from diffspec.traces.routing import RoutingCounts
 from diffspec.workload import Workload
 
 WORTH_TELLING = 1e-3
+JOINTLY = "others where the batch cap is decided too (--batch-caps), and the placement at that decision"
 
 
 def place_experts(
@@ -90,6 +91,7 @@ def place_experts(
     that do not divide.
     """
     check_question(objective, loop, loads, max_draft_length)
+    limits = tuple(parse_limit(text, instead=JOINTLY) for text in slo)
     report = progress or (lambda what, share: None)
     popularity, ranks, notes = _asked(deployment, routes, expert_ranks)
     size = check_slots(popularity.shape[1], ranks, redundant_experts)
@@ -132,7 +134,7 @@ def place_experts(
             config=config,
             workload=workload,
             longest=max_draft_length,
-            limits=tuple(parse_limit(text) for text in slo),
+            limits=limits,
             objective=objective,
             plain_known=deployment.plain_measured,
         )

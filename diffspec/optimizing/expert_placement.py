@@ -92,6 +92,11 @@ class Placing:
     placements: Mapping[str, ExpertPlacement]
     caps: np.ndarray | None = None
 
+    @property
+    def copies(self) -> int:
+        """Further copies of experts in each layer."""
+        return max((one.slots.shape[1] - one.experts for one in self.placements.values()), default=0)
+
     def tables(self) -> dict[str, CoverageTable]:
         """The placements as the step time takes them."""
         return {name: placement.table(self.popularity) for name, placement in self.placements.items()}

@@ -25,6 +25,7 @@ from diffspec.configuration import Configuration
 from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.observations import UNCAPPED
 from diffspec.optimizing.limits import check_question, costs, parse_limit
+from diffspec.optimizing.servers import UNFILLED
 from diffspec.programs import program
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import ServingModel
@@ -32,8 +33,6 @@ from diffspec.workload import Workload
 
 CHUNK = 256
 """Deployments of one call on one device."""
-UNFILLED = 1e15
-"""Stands for no bound of the KV cache [tok]."""
 
 
 def optimize_fleet(
@@ -60,7 +59,7 @@ def optimize_fleet(
     Errors: :class:`InputError` for unknown metrics, loads that do not increase, or ranges.
     """
     check_question(objective, loop, loads, max_draft_length)
-    limits = [parse_limit(text) for text in slo]
+    limits = [parse_limit(text, instead="a limit on any of them of one model at a time") for text in slo]
     if not deployments:
         raise InputError("fleet: got no deployment; allowed: at least one")
     shape = {"prompt_length": float(prompt_length), "output_length": float(output_length), "output_scv": output_scv}

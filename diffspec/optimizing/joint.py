@@ -33,14 +33,14 @@ from diffspec.optimizing.joint_answer import (
     value_of,
     violations,
 )
-from diffspec.optimizing.joint_arms import ANY, arms_of, largest_batch, looking_at, with_percentiles
+from diffspec.optimizing.joint_arms import ANY, arms_of, largest_batch, looking_at, making_room, with_percentiles
 from diffspec.optimizing.joint_choice import Compared, best_of, compared, surely
 from diffspec.optimizing.joint_draws import Contender, intervals_told
 from diffspec.optimizing.joint_experts import search_placements
 from diffspec.optimizing.joint_problem import COST, excesses
 from diffspec.optimizing.joint_question import Question, read_joint_question
 from diffspec.optimizing.joint_search import STARTS, Arm, Ranges, Scored, as_reals, excess_slopes, relaxed, score
-from diffspec.optimizing.question import MEMORY
+from diffspec.optimizing.limits import MEMORY
 from diffspec.optimizing.servers import server_of
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
@@ -110,15 +110,16 @@ def optimize_jointly(
     goal, shapes, limits, ranges = asked.goal, asked.shapes, asked.limits, asked.ranges
     report = progress or (lambda what, share: None)
     given = {"max_batched_tokens": max_batched_tokens, "cost_per_hour": cost_per_hour, "draws": draws}
-    tables = {} if placements is None else placements.tables()
+    tables, notes = {}, []
+    if placements is not None:
+        tables, (drafters, notes) = placements.tables(), making_room(drafters, placements)
     arms = arms_of(deployment, drafters, classes, ranges, acceptance, tables, **given)
     tails = asked.tails(largest_batch(arms, asked))
     arms = [looking_at(arm, tails, asked) for arm in arms]
     sure = all(arm.models is not None for arm in arms)
     if risk is not None and not sure:
         raise InputError(f"risk: got {risk:g}, but {NO_INTERVALS}")
-    total = sum(ranges.points(arm, len(classes)) for arm in arms) * len(loads) * len(asked.replicas)
-    asked = asked._replace(exhaustive=total <= asked.most_points)
+    asked = asked.counting(arms)
     solved = []
     for number, arm in enumerate(arms):
         report(f"{arm.name}: relaxed", 0.5 * number / len(arms))
@@ -130,7 +131,7 @@ def optimize_jointly(
     searched = None
     if placements is not None:
         searched = search_placements(asked, arms, solved, found, placements, sure, lambda what: report(what, 0.7))
-        arms, solved, found = searched[:3]
+        asked, arms, solved, found = searched[:4]
     (own,) = arms_of(deployment, (), classes, ranges, acceptance or ANY, {}, **given)
     powered = not asked.looked_at & {"energy", MEMORY} or server_of(deployment).pair is not None
     own = looking_at(own, tails, asked, drafts=False) if deployment.plain_measured and powered else None
@@ -167,7 +168,7 @@ def optimize_jointly(
         "optimality_gap": max(gaps) if gaps else None,
         "infeasible": None if feasible else table[0]["violations"],
         **intervals_told(varied, arms),
-        "warnings": caveats(deployment, arms, classes, loads, max_draft_length, caps),
+        "warnings": caveats(deployment, arms, classes, loads, max_draft_length, caps) + notes,
     }
 
 

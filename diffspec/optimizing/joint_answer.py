@@ -113,7 +113,8 @@ def shadow_prices(solution: Solution, lane: int, goal, limits, classes, slopes) 
 
 
 def violations(point: Scored, asked: Question, load: float) -> dict[str, Any]:
-    """Which limits a point breaks, and by how much; or its capacity, or an objective that it does not have."""
+    """Which limits a point breaks, and by how much; or its capacity, or an objective that it does not have. Nothing
+    where it breaks them in draws alone."""
     if point.saturated[0]:
         capacity = float(point.replicas[0] * over_all("capacity", point.metrics, asked.shapes.share)[0])
         return {"capacity": {"value": finite(capacity), "bound": float(load), "shortfall": finite(load - capacity)}}
@@ -124,7 +125,7 @@ def violations(point: Scored, asked: Question, load: float) -> dict[str, Any]:
             value = over_all(metric, point.metrics, share) if number is None else point.metrics[metric][:, number]
             value = value[0] * (replicas if metric in ADDED_UP else 1)
             broken[entry.text(asked.classes)] = entry.limit.told(finite(value))
-    if not broken:  # no limit, but no request that counts, or a percentile that is not known
+    if not broken and point.worst[0] > 0:  # no limit, but no request that counts, or a percentile that is not known
         value = None if unmet_batch(point) else value_of(asked.goal, float(point.cost[0]), 1)
         broken[asked.goal.text] = {"value": None if value is None else finite(value), "bound": None}
     return broken

@@ -17,13 +17,15 @@ from diffspec.fitting.deployment import FittedDeployment
 from diffspec.fitting.observations import states_of
 from diffspec.fitting.uncertainty import DRAWS
 from diffspec.optimizing.catalogue import DrafterChoice, RequestClass, mean_request
+from diffspec.optimizing.expert_balance import with_copies
+from diffspec.optimizing.expert_placement import Placing
 from diffspec.optimizing.expert_search import routed, routed_draws
 from diffspec.optimizing.joint_problem import Drafted, evaluate_points
 from diffspec.optimizing.joint_question import Question
 from diffspec.optimizing.joint_search import Arm, Ranges, Scored
 from diffspec.optimizing.joint_tails import Tails, of_all
-from diffspec.optimizing.question import MEMORY
-from diffspec.optimizing.servers import NO_PAIR, prices, server_of
+from diffspec.optimizing.limits import MEMORY
+from diffspec.optimizing.servers import COPIES, FIT_AGAIN, NO_PAIR, prices, server_of
 from diffspec.results import InputError
 from diffspec.serving import MOST_STATES, ServingModel
 from diffspec.tree_shapes import tree_shapes
@@ -65,6 +67,18 @@ def arms_of(
             raise InputError(f"drafter {choice.name!r}: its model is no mixture of experts: no placement can be asked")
         found += [on_placement(arm, name, table) for name, table in placements.items()]
     return found
+
+
+def making_room(drafters: Sequence[DrafterChoice], placements: Placing) -> tuple[list[DrafterChoice], list[str]]:
+    """The catalogue, in which deployments of drafters' own hold the copies of experts too, as the one that was placed
+    does; and what is to be said about it."""
+    found, notes = list(drafters), []
+    for number, choice in enumerate(drafters):
+        if choice.deployment is not None and COPIES not in choice.deployment.defaults:
+            held, _, told = with_copies(choice.deployment, placements.copies, placements.popularity.shape[1])
+            found[number] = replace(choice, deployment=held)
+            notes += [f"drafter {choice.name}: {note}" for note in told]
+    return found, notes
 
 
 def on_placement(arm: Arm, name: str, table: CoverageTable) -> Arm:
@@ -138,7 +152,7 @@ def looking_at(arm: Arm, tails: Tails | None, asked: Question, drafts: bool = Tr
     server, mean = server_of(arm.deployment), Workload(prompt, output, concurrency=1.0)
     pair, needed = server.pair_at(mean), [name for name in ("energy", MEMORY) if name in asked.looked_at]
     if needed and pair is None:
-        raise InputError(f"{needed[0]}: {NO_PAIR} (drafter {arm.name}); allowed: with a verifier's config and hardware")
+        raise InputError(f"{needed[0]}: {NO_PAIR} (drafter {arm.name}); {FIT_AGAIN}")
     if tails is not None and "energy" in needed and pair is not None:
         tails = replace(tails, pair_json=json.dumps(pair.to_dict(), sort_keys=True))
     drafted, use = arm.drafted._replace(tails=tails), None

@@ -7,6 +7,8 @@ point keeps the limits the percentiles themselves are found, of up to :data:`NEA
 nearest is the one with the least
 
     largest over the limits of log(value/bound)
+
+With a risk, where none keeps the limits in enough draws, it is the one that keeps them in most (:func:`least_risky`).
 """
 
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from diffspec.optimizing.choice import cost_at_risk
 from diffspec.optimizing.joint_arms import with_percentiles
 from diffspec.optimizing.joint_draws import (
     Contender,
+    Drawn,
     contenders,
     draw_shortlist,
     interval_of,
@@ -141,15 +144,29 @@ def surely(
     all_arms = [*arms, *([] if own is None else [own])]
     drawn = draw_shortlist(all_arms, listed, asked.shapes, asked.goal, asked.limits, load)
     names, candidates = [one.same for one in listed], [n for n, one in enumerate(listed) if one.arm >= 0]
-    at_risk = None if asked.risk is None else cost_at_risk(drawn.cost, drawn.feasible, asked.risk)
-    if at_risk is None:
-        chosen = names.index(best.same)
-    else:
+    chosen, at_risk = names.index(best.same), None
+    if asked.risk is not None:
         equal = EQUAL if asked.goal.flat else 0.0
-        level = np.where(at_risk <= np.min(at_risk[candidates]) + equal, -np.inf, at_risk)
-        chosen = min(candidates, key=lambda n: (level[n], *(listed[n].key[1:] if equal else ()), listed[n].key))
+        chosen, at_risk = least_risky(drawn, listed, candidates, chosen, asked.risk, equal)
     winner = listed[chosen]
     placed = asked.replicas.index(int(winner.point.replicas[0]))
     base = names.index(baseline[placed].same) if baseline else None
     interval = interval_of(drawn, candidates, chosen, base, asked.goal)
-    return Sure(winner, interval, None if at_risk is None else float(at_risk[chosen]))
+    return Sure(winner, interval, at_risk)
+
+
+def least_risky(
+    drawn: Drawn, listed: Sequence[Contender], candidates: Sequence[int], best: int, risk: float, equal: float
+) -> tuple[int, float]:
+    """(number of the candidate whose cost the share ``risk`` of draws does not exceed is least, that cost): of those
+    within ``equal`` of the least the quickest by the model as it is. Where none keeps the limits in so many draws, and
+    the cost is infinite, the one that keeps them in most; where none of them does in any more than the ``best``,
+    that."""
+    at_risk = cost_at_risk(drawn.cost, drawn.feasible, risk)
+    least = float(at_risk[candidates].min())
+    if not np.isfinite(least):
+        share = drawn.feasible.mean(axis=0)
+        return max(candidates, key=lambda n: (share[n], n == best)), least
+    level = np.where(at_risk <= least + equal, -np.inf, at_risk)
+    chosen = min(candidates, key=lambda n: (level[n], *(listed[n].key[1:] if equal else ()), listed[n].key))
+    return chosen, float(at_risk[chosen])

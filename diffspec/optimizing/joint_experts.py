@@ -8,9 +8,10 @@ request, is then one for another number of tokens. So
     look for a placement whose best point near that one is better  ->  offer it as one more
     decide again, until no better placement is found, :data:`ROUNDS` times at most
 
-What was there stays there: the answer is never worse than without the search, and no rank carries more than the caps.
-Where placements times whole points are few, all of them are compared, and the placement is the best of all for the
-drafter that was decided on.
+What was there stays there: by the model as it is the answer is never worse than without the search (a risk is
+compared on a shortlist, which further placements share), and no rank carries more than the caps. A price and a goodput
+are often equal on many placements: there it is the latency by which one is looked for. Where placements times whole
+points are few, all of them are compared, and the placement is the best of all for the drafter that was decided on.
 """
 
 import math
@@ -39,10 +40,10 @@ from diffspec.optimizing.joint_answer import value_of
 from diffspec.optimizing.joint_arms import on_placement
 from diffspec.optimizing.joint_choice import Compared, compared, foremost
 from diffspec.optimizing.joint_draws import Contender
-from diffspec.optimizing.joint_problem import FEW, cost_of, evaluate_draws, excesses, predicted
+from diffspec.optimizing.joint_problem import FEW, Objective, cost_of, evaluate_draws, excesses, over_all, predicted
 from diffspec.optimizing.joint_question import Question
-from diffspec.optimizing.joint_search import Arm, point_neighbours, relaxable, relaxed, scored
-from diffspec.optimizing.limits import beyond
+from diffspec.optimizing.joint_search import HOPELESS, Arm, point_neighbours, relaxable, relaxed, scored
+from diffspec.optimizing.limits import EQUAL, beyond
 
 ROUNDS = 3
 MOST_DECISIONS = 4 * FEW
@@ -52,6 +53,8 @@ STARTS = 3
 where that was looked for (tests/test_joint_wide.py)."""
 BETTER = 1e-7
 """By how much, relatively, a placement must better the objective to be offered."""
+TIE = 1e-9
+"""Of equal points: the weight of log e2e latency beside the log objective; :data:`EQUAL` where many are equal."""
 PRESSED = 3
 """Decisions of a placement, the best ones, under whose pressure the search descends."""
 _BROKEN = 1e6
@@ -70,6 +73,7 @@ class JointProblem(AbstractProblem):
     def points(self, placements: Sequence[ExpertPlacement]) -> list[Point]:
         """The placements at every decision: the rank of the points, of equal ones the mean e2e latency."""
         asked, drafted = self.asked, self.arm.drafted._replace(candidates=None)
+        tie = _tie(asked.goal)
         servers = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (CHUNK, *np.shape(leaf))), drafted.serving)
         found = []
         for chunk, tables in chunks_of(placements, self.popularity):
@@ -80,12 +84,12 @@ class JointProblem(AbstractProblem):
                 for number, merit in enumerate(merits):
                     metrics, saturated = jax.tree.map(lambda leaf, at=number: leaf[at], each)
                     one = scored(points, metrics, saturated, asked.shapes, asked.goal, asked.limits, replicas)
-                    merit.append(one.rank + 1e-9 * np.where(saturated, 0.0, one.e2e))
+                    merit.append(one.rank + tie * np.where(saturated, 0.0, one.e2e))
             found += [Point(one, np.concatenate(merit), {}) for one, merit in zip(chunk, merits, strict=True)]
         return found
 
     def pressures(self, point: Point) -> list[Pressure]:
-        """At the best decisions: of the objective; of the worst excess where limits are broken; of the load itself."""
+        """At the best decisions, of what :func:`aim_of` tells."""
         table, asked = point.placement.table(self.popularity), self.asked
         limits = tuple(entry.of_one for entry in asked.limits)
         bounds = np.asarray([1.0 if entry.limit.percentile else entry.limit.bound for entry in asked.limits])
@@ -93,15 +97,31 @@ class JointProblem(AbstractProblem):
         found = []
         for number in np.argsort(point.merit, kind="stable")[:PRESSED]:
             merit, (replicas, row) = point.merit[number], every[number]
-            aim = "cost" if merit < _BROKEN else "limits" if merit < _BROKEN**2 else "load"
             data = (self.arm.drafted._replace(candidates=None), asked.shapes, self.load / replicas, row)
             data = (*data, bounds, float(replicas))
-            value = _value(relaxable(asked.goal), limits, aim)
+            value = _value(relaxable(asked.goal), limits, aim_of(float(merit), bool(limits)))
             found.append(pressure_of(value, self.arm.drafted.serving, table, data))
         return found
 
     def _with_size(self, points: np.ndarray) -> np.ndarray:
         return np.column_stack([points, np.full(len(points), math.log(self.arm.size))])
+
+
+def aim_of(merit: float, limited: bool) -> str:
+    """What a placement is to better at a decision of this ``merit``: the ``cost``; where ``limited`` and limits are
+    broken, their worst excess (``limits``); where there is no objective the ``latency``, which it lacks; the ``load``
+    where that is not served."""
+    if merit < _BROKEN:
+        return "cost"
+    if merit >= _BROKEN**2:
+        return "load"
+    without = abs(merit - _BROKEN * (1.0 + HOPELESS)) < 1.0
+    return "limits" if limited and not without else "latency"
+
+
+def _tie(goal: Objective) -> float:
+    """The weight of log e2e latency in the merit of a placement."""
+    return EQUAL if goal.flat or relaxable(goal) is not goal else TIE
 
 
 @lru_cache
@@ -113,8 +133,11 @@ def _value(goal, limits, aim: str) -> Callable:
         metrics, overload, _ = predicted(drafted._replace(serving=serving), shapes, load, point)
         if aim == "load":
             return overload
+        latency = jnp.log(over_all("e2e_mean", metrics, shapes.share))
+        if aim == "latency":
+            return latency
         if aim == "cost":
-            return cost_of(goal, metrics, shapes)
+            return cost_of(goal, metrics, shapes) + _tie(goal) * latency
         broken = excesses(limits, metrics, shapes.share, replicas)
         return jnp.max(jnp.stack(beyond(broken, [entry.limit for entry in limits], bounds)))
 
@@ -122,9 +145,11 @@ def _value(goal, limits, aim: str) -> Callable:
 
 
 class Searched(NamedTuple):
-    """All ``arms`` with their ``solved`` relaxed problems and the points ``found`` at each load; all ``placements`` by
-    name, and the objective at each load ``before`` any was looked for (None where none kept the limits)."""
+    """What is ``asked`` of all ``arms``, with their ``solved`` relaxed problems and the points ``found`` at each load;
+    all ``placements`` by name, and the objective at each load ``before`` any was looked for (None where none kept the
+    limits)."""
 
+    asked: Question
     arms: list[Arm]
     solved: list[Any]
     found: list[Compared]
@@ -155,7 +180,7 @@ def search_placements(
     best = [one.foremost.point for one in found]
     before = [None if one.rank[0] >= _BROKEN else finite(value_of(asked.goal, float(one.cost[0]))) for one in best]
     if placing.caps is None:
-        return Searched(arms, solved, found, known, before)
+        return Searched(asked, arms, solved, found, known, before)
     layers, experts = placing.popularity.shape
     one = next(iter(known.values()))
     every = None
@@ -185,12 +210,13 @@ def search_placements(
         for name, placement in new.items():
             table = placement.table(placing.popularity)
             arms += [on_placement(arm, name, table) for arm in drafters]
+        asked = asked.counting(arms)
         solved += [
             relaxed(arm, asked.shapes, asked.goal, asked.limits, asked.each, asked.ranges, replicas=asked.sharing)
             for arm in arms[start:]
         ]
         found = [one.with_more(compared(asked, i, arms, solved, sure, start)) for i, one in enumerate(found)]
-    return Searched(arms, solved, found, known, before)
+    return Searched(asked, arms, solved, found, known, before)
 
 
 def _decisions(

@@ -30,15 +30,14 @@ from diffspec.configuration import Configuration
 from diffspec.latency_distribution import PERCENTILE_METRICS
 from diffspec.optimizing.catalogue import RequestClass
 from diffspec.optimizing.joint_tails import UNKNOWN, Tails, of_all, of_objective, tail_name
-from diffspec.optimizing.limits import OBJECTIVES, Limit
-from diffspec.optimizing.question import MEMORY, SPENT
+from diffspec.optimizing.limits import MEMORY, OBJECTIVES, SPENT, Limit
 from diffspec.optimizing.servers import hours_per_million
 from diffspec.programs import program
 from diffspec.resources import MemoryUse
 from diffspec.results import RESULTS, InputError
 from diffspec.serving import ServingModel
 from diffspec.tree_shapes import RegularTreeAcceptance, ShapeAcceptance
-from diffspec.workload import Workload
+from diffspec.workload import Workload, held_tokens
 
 LATENCIES = tuple(name for name in OBJECTIVES if name != "throughput")
 COST = "cost"
@@ -204,7 +203,7 @@ def predicted(drafted: Drafted, shapes: Shapes, load, point):
         metrics[COST] = jnp.full(count, drafted.hourly * hours_per_million(1.0, load, output))
     if drafted.memory is not None:
         in_service = found.effective_batch_size / jnp.sum(found.effective_batch_size)
-        held = shapes.prompt_length + 0.5 * shapes.output_length * (1.0 + shapes.output_scv)
+        held = held_tokens(shapes.prompt_length, shapes.output_length, shapes.output_scv)
         used = drafted.memory.gigabytes(cap * (in_service @ held), jnp.max(lengths) > 0, configs[0].drafter_scale)
         metrics[MEMORY] = jnp.full(count, used)
     if drafted.tails is not None:

@@ -11,10 +11,10 @@ from diffspec.lengths import Lengths
 from diffspec.optimizing.catalogue import RequestClass
 from diffspec.optimizing.constrained import Solution
 from diffspec.optimizing.joint_problem import ClassLimit, Objective, Shapes, parse_objective, shapes_of
-from diffspec.optimizing.joint_search import STARTS, Ranges
+from diffspec.optimizing.joint_search import STARTS, Arm, Ranges
 from diffspec.optimizing.joint_tails import Tails
-from diffspec.optimizing.limits import LIMITED, check_loads, parse_limit
-from diffspec.optimizing.question import MEMORY, PER_REQUEST, SPENT, check_within
+from diffspec.optimizing.limits import ALL_LIMITED, PER_REQUEST, check_loads, parse_limit
+from diffspec.optimizing.question import check_within
 from diffspec.percentiles import states_for
 from diffspec.results import InputError
 from diffspec.serving import MOST_STATES
@@ -23,7 +23,6 @@ from diffspec.workload import check_range
 MOST_POINTS, MOST_TAILS, MOST_PERCENTILES = 1_000_000, 100_000, 10_000
 """Whole points of all loads that are evaluated one by one: by their means, by tails of latency too, and by a percentile
 as the objective; above it the relaxed and rounded answer stands alone."""
-LIMITED_OF_ALL = (*LIMITED, *PERCENTILE_METRICS, "goodput", *SPENT, MEMORY, *PER_REQUEST)
 
 
 class Question(NamedTuple):
@@ -77,6 +76,11 @@ class Question(NamedTuple):
         if any(name in PERCENTILE_METRICS for name in self.goal.metrics):
             return MOST_PERCENTILES
         return MOST_TAILS if self.percentiles or self.within else MOST_POINTS
+
+    def counting(self, arms: Sequence[Arm]) -> "Question":
+        """The same question; ``exhaustive`` where all whole points of these ``arms`` are few enough."""
+        points = sum(self.ranges.points(arm, len(self.classes)) for arm in arms) * len(self.each)
+        return self._replace(exhaustive=points <= self.most_points)
 
     def tails(self, batch: float) -> Tails | None:
         """What is looked at beyond means, with a chain for the largest mean ``batch`` [req]; None for nothing."""
@@ -132,7 +136,7 @@ def read_joint_question(
     if not replicas or any(number != int(number) or not 1 <= number <= 1e6 for number in replicas):
         raise InputError(f"replicas: got {list(replicas)}; allowed: whole numbers, 1 to 1000000")
     check_range("risk", risk, 0, 1, low_open=True, unit="(share of the draws)")
-    every = [ClassLimit(None, parse_limit(text, LIMITED_OF_ALL)) for text in slo]
+    every = [ClassLimit(None, parse_limit(text, ALL_LIMITED)) for text in slo]
     every += [ClassLimit(number, limit) for number, one in enumerate(classes) for limit in one.limits]
     within = tuple(entry for entry in every if entry.limit.metric in PER_REQUEST)
     asked = Question(

@@ -18,6 +18,14 @@ from diffspec.results import InputError
 
 LOOPS = ("arrival_rate", "concurrency")
 LIMITED = ("ttft_mean", "itl_mean", "tpot_mean", "e2e_mean", "throughput", "utilization")
+PER_REQUEST = ("ttft", "tpot", "e2e")
+"""Limits that a single request keeps or not, which goodput counts."""
+SPENT = ("energy", "cost")
+"""Per million output tokens: J, and money."""
+MEMORY = "memory"
+"""GB in use on each of the verifier's devices with the batch at its cap: :class:`diffspec.resources.MemoryUse`."""
+ALL_LIMITED = (*LIMITED, *PERCENTILE_METRICS, "goodput", *SPENT, MEMORY, *PER_REQUEST)
+"""What `optimize` of one model knows limits on."""
 MAXIMISED = ("throughput", "goodput")
 EQUAL = 1e-3
 """Goodputs that agree to this, relatively, are equally good."""
@@ -76,10 +84,11 @@ def _log(value):
         return np.log(value)
 
 
-def parse_limit(text: str, allowed: Sequence[str] = LIMITED) -> Limit:
+def parse_limit(text: str, allowed: Sequence[str] = LIMITED, instead: str = "") -> Limit:
     """Read ``metric<bound`` or ``metric>bound`` (s, req/s, GB or a fraction) of one of the ``allowed`` metrics.
 
-    Errors: :class:`InputError` naming what was got and what is allowed.
+    Errors: :class:`InputError` naming what was got and what is allowed; of metrics that only others of
+    :data:`ALL_LIMITED` are, what to do ``instead``, where that is given.
 
     >>> parse_limit("ttft_mean < 0.5")
     Limit(metric='ttft_mean', sign=1, bound=0.5)
@@ -88,6 +97,8 @@ def parse_limit(text: str, allowed: Sequence[str] = LIMITED) -> Limit:
     if match is None:
         raise InputError(f"limit: got {text!r}; allowed: METRIC<NUMBER or METRIC>NUMBER, such as 'ttft_mean<0.5'")
     metric, comparison, number = match.groups()
+    if instead and metric in ALL_LIMITED and metric not in allowed:
+        raise InputError(f"limit {text!r}: here limits are on {', '.join(allowed)}; allowed: {instead}")
     if metric not in allowed:
         near = difflib.get_close_matches(metric, allowed, 1, 0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -100,7 +111,7 @@ def parse_limit(text: str, allowed: Sequence[str] = LIMITED) -> Limit:
         raise InputError(f"limit {text!r}: got bound {number!r}; allowed: a number above 0")
     if metric in PERCENTILE_METRICS and comparison.startswith(">"):
         raise InputError(f"limit {text!r}: a percentile is limited from above: {metric}<NUMBER")
-    if metric == "memory" and comparison.startswith(">"):
+    if metric == MEMORY and comparison.startswith(">"):
         raise InputError(f"limit {text!r}: memory is limited from above, in GB: memory<NUMBER")
     if metric in MAXIMISED and comparison.startswith("<"):
         raise InputError(f"limit {text!r}: a throughput is limited from below: {metric}>NUMBER")
@@ -113,8 +124,8 @@ def of_rate(limits: Sequence[Limit]) -> tuple[tuple[Limit, ...], float]:
     >>> of_rate([Limit("memory", 1, 72.0), Limit("ttft_mean", 1, 0.5)])
     ((Limit(metric='ttft_mean', sign=1, bound=0.5),), 72.0)
     """
-    held = [limit.bound for limit in limits if limit.metric == "memory"]
-    return tuple(limit for limit in limits if limit.metric != "memory"), min(held, default=math.inf)
+    held = [limit.bound for limit in limits if limit.metric == MEMORY]
+    return tuple(limit for limit in limits if limit.metric != MEMORY), min(held, default=math.inf)
 
 
 def beyond(excesses: Sequence, limits: Sequence[Limit], bounds) -> list:

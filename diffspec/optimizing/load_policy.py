@@ -55,7 +55,7 @@ from diffspec.optimizing.schedule import ranges_of
 from diffspec.optimizing.under_schedule import UnderSchedule, under_schedules
 from diffspec.results import InputError
 from diffspec.serving import ServingModel
-from diffspec.workload import Workload, check_range
+from diffspec.workload import Workload, check_range, held_tokens
 
 SHARES = tuple(round(0.1 * part, 1) for part in range(1, 10))
 """Loads, as shares of the largest capacity, where none are given."""
@@ -199,7 +199,7 @@ def _buckets(prompt, contexts, output: float, scv: float) -> list[tuple[float | 
             raise InputError("prompt_length: got none; allowed: a prompt length, or context_lengths")
         check_range("prompt_length", float(prompt), 0, 1e8, low_open=True, unit="tok")
         return [(None, float(prompt))]
-    held = 0.5 * output * (1.0 + scv)
+    held = held_tokens(0.0, output, scv)
     ordered = sorted(float(context) for context in contexts)
     if ordered[0] <= held or len(set(ordered)) < len(ordered):
         raise InputError(
@@ -281,7 +281,7 @@ def _schedule_for(
     return {
         "prompt_length": prompt,
         "output_length": asked.output_length,
-        "cached_tokens": prompt + 0.5 * asked.output_length * (1.0 + asked.workload_fields["output_scv"]),
+        "cached_tokens": held_tokens(prompt, asked.output_length, asked.workload_fields["output_scv"]),
         "batches": batches,
         "schedule": ranges_of(schedule),
         "off_above": off_above(schedule),

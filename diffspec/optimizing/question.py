@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffspec.optimizing.limits import (
-    LIMITED,
+    ALL_LIMITED,
+    MEMORY,
     OBJECTIVES,
+    PER_REQUEST,
     PERCENTILE_METRICS,
+    SPENT,
     Limit,
     check_loads,
     check_throughput,
@@ -23,14 +26,7 @@ from diffspec.optimizing.limits import (
 )
 from diffspec.results import InputError
 
-PER_REQUEST = ("ttft", "tpot", "e2e")
-"""Limits that a single request keeps or not, which goodput counts."""
-SPENT = ("energy", "cost")
-"""Per million output tokens: J, and money."""
-MEMORY = "memory"
-"""GB in use on each of the verifier's devices with the batch at its cap: :class:`diffspec.resources.MemoryUse`."""
 ALL_OBJECTIVES = (*OBJECTIVES, *PERCENTILE_METRICS, "goodput", *SPENT)
-ALL_LIMITED = (*LIMITED, *PERCENTILE_METRICS, "goodput", *SPENT, MEMORY, *PER_REQUEST)
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,10 @@ HALVINGS = 4
 """How often the batch cap is halved, for smaller ones that are compared."""
 MILLION, HOUR = 1e6, 3600.0
 NO_PAIR = "neither the fit nor the question names a verifier's config and its hardware"
-ENDLESS = 1e15
-"""A KV cache [tok] that is not known to end."""
+FIT_AGAIN = "fit again with --verifier config.json --hardware NAME"
+"""What to do about :data:`NO_PAIR`."""
+UNFILLED = 1e15
+"""Stands for a KV cache [tok] that is not known to end."""
 COPIES = "expert_copies_bytes"
 """Where a deployment's defaults keep what further copies of experts take of each device [B]."""
 
@@ -91,18 +93,17 @@ class Server:
         ``drafts``."""
         pair, kept = self.pair_at(workload), self.deployment.defaults
         if pair is None:
-            raise InputError(
-                f"memory: {NO_PAIR} ({self.deployment.name}); allowed: with --verifier config.json and --hardware NAME"
-            )
+            raise InputError(f"memory: {NO_PAIR} ({self.deployment.name}); {FIT_AGAIN}")
         if drafts and not pair.drafter_kind:
+            what = "give" if self.deployment.quality.get("rows") == 0 else FIT_AGAIN
             raise InputError(
-                f"memory: the drafter of {self.deployment.name!r} is not known; allowed: with --drafter config.json or "
+                f"memory: the drafter of {self.deployment.name!r} is not known; {what} --drafter config.json or "
                 "--drafter-kind (ngram: a lookup, which has no weights)"
             )
         tokens = BATCHED_TOKENS if max_batched_tokens is None else max_batched_tokens
-        plan = memory_plan(pair, batched_tokens=tokens)
+        plan = memory_plan(pair, batched_tokens=tokens, copies_bytes=kept.get(COPIES, 0.0))
         return MemoryUse(
-            plan.verifier_bytes + kept.get(COPIES, 0.0) + plan.activation_bytes + plan.reserve_bytes,
+            plan.verifier_bytes + plan.activation_bytes + plan.reserve_bytes,
             plan.drafter_bytes,
             plan.kv_bytes_per_token,
             plan.drafter_kv_bytes_per_token,
@@ -113,10 +114,9 @@ class Server:
         """Memory [GB] in use on a device with the batch at the cap of ``config``."""
         drafts = float(config.draft_length) > 0  # type: ignore[arg-type]
         use = self.memory_use(workload, max_batched_tokens, drafts=drafts)
-        held = workload.prompt_length + 0.5 * workload.output_length * (1.0 + workload.output_scv)
         cache = config.kv_capacity_tokens
-        use = use if cache is None or cache >= ENDLESS else use._replace(most_tokens=float(cache))  # type: ignore[arg-type]
-        return float(use.gigabytes(config.max_batch_size * held, drafts, config.drafter_scale))
+        use = use if cache is None or cache >= UNFILLED else use._replace(most_tokens=float(cache))  # type: ignore[arg-type]
+        return float(use.gigabytes(config.max_batch_size * workload.held_tokens, drafts, config.drafter_scale))
 
     def draws(self, count: int) -> ServingModel | None:
         """Serving models drawn from what is not known, with a leading axis; None where nothing tells."""
@@ -165,7 +165,7 @@ class Server:
         cache = config.kv_capacity_tokens
         if draft_length == 0 and self.plain_plan is not None:
             cache = max(self.plain_plan.kv_capacity_tokens, 1.0)
-        kept = ENDLESS if cache is None else float(cache)
+        kept = UNFILLED if cache is None else float(cache)
         return replace(config, draft_length=float(draft_length), kv_capacity_tokens=kept)
 
 

@@ -20,9 +20,8 @@ from diffspec.optimizing.candidates import Candidates, candidates
 from diffspec.optimizing.curve import capacity_curve, knob_range
 from diffspec.optimizing.drawn_rates import drawn_rates, rate_intervals
 from diffspec.optimizing.lanes import LEAST, LargestRates, largest_rates, limited_values
-from diffspec.optimizing.limits import LIMITED, PERCENTILE_METRICS, Limit, of_rate, parse_limit
+from diffspec.optimizing.limits import LIMITED, MEMORY, PERCENTILE_METRICS, Limit, of_rate, parse_limit
 from diffspec.optimizing.pareto import pareto
-from diffspec.optimizing.question import MEMORY
 from diffspec.optimizing.servers import NO_PAIR, USUAL_CAP, Server, prices, server_of
 from diffspec.results import InputError
 from diffspec.workload import Workload, check_range
@@ -296,7 +295,7 @@ def _infeasible(pool: Candidates, place: int, limits, found: LargestRates, drawn
     for limit in limits:
         value = at[limit.metric]
         if value is not None:
-            told[limit.text] = {"value": value, "bound": limit.bound, "excess": value / limit.bound - 1.0}
+            told[limit.text] = limit.told(value)
     share = max((float((rates > 0).mean()) for rates in drawn.values()), default=None)
     reason = (
         "a limit is broken without load" if share is None else f"fewer than {risk:.0%} of the draws keep the limits"

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from diffspec.report.numbers import metric_value, percent, significant
+from diffspec.report.numbers import METRIC_UNITS, metric_value, percent, quantity, significant
 from diffspec.report.tables import assumed, table
 
 SHOWN = ("ttft_mean", "tpot_mean", "e2e_mean")
@@ -64,14 +64,13 @@ def joint(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
             yield Text(f"at {entry['load']:g} req/s {limit} fails: {value}, allowed {significant(broken['bound'])}{by}")
     for entry in answer["table"]:
         placed = entry.get("placed")
-        if placed and placed["searched"]:
-            values = [
-                _objective(answer["objective"], value) for value in (entry["objective"], placed["objective_before"])
-            ]
-            yield Text(
-                f"at {entry['load']:g} req/s the placement was looked for at this decision: {answer['objective']} "
-                f"{values[0]} instead of {values[1]}, busiest rank {significant(placed['max_rank_load'])}"
-            )
+        if placed and placed["searched"] and entry["feasible"]:
+            told = f"busiest rank {significant(placed['max_rank_load'])}"
+            if placed["objective_before"] is not None:
+                values = (entry["objective"], placed["objective_before"])
+                now, before = (_objective(answer["objective"], value) for value in values)
+                told = f"{answer['objective']} {now} instead of {before}, {told}"
+            yield Text(f"at {entry['load']:g} req/s the placement is one that was looked for at a decision: {told}")
     sizes = [entry for entry in answer["table"] if entry["drafter_size"]]
     if sizes:
         told = "; ".join(
@@ -108,4 +107,6 @@ def _common(goal: str, common: Mapping[str, Any]) -> str:
 
 
 def _objective(text: str, value: float | None) -> str:
-    return significant(value) if text == "capacity" or "cost" in text else metric_value("e2e_mean", value)
+    """In the unit of its terms; bare where they have several."""
+    units = {METRIC_UNITS.get(term.rpartition("*")[2].strip(), "s") for term in text.split("+")}
+    return quantity(value, units.pop()) if len(units) == 1 else significant(value)
