@@ -8,7 +8,7 @@ everybody else :func:`program` is ``jax.jit``, and so it is wherever anything at
 
 An entry is machine code that is run: the folder deserves the trust that JAX's cache beside it needs. Nothing is kept
 where the sources are not files or have changed since they were read, or where an argument's class or function is
-neither ours nor of a package whose version is known; and only for one CPU device.
+neither ours nor of a package whose version is known, or where a program calls LAPACK; and only for one CPU device.
 """
 
 import contextlib
@@ -178,11 +178,17 @@ def _stored(path: Path | None, jitted, args: tuple) -> Callable | None:
         partial.touch()
     except OSError:
         return None
+    lowered = jitted.lower(*args)
+    if (
+        "custom_call" in lowered.as_text()
+    ):  # it calls what tracing prepares: LAPACK, which a process that loads it lacks
+        partial.unlink()
+        return lowered.compile()
     used = jax.config.values["jax_enable_compilation_cache"]
     try:
         jax.config.update("jax_enable_compilation_cache", False)  # what was read from JAX's cache cannot be kept whole
         compilation_cache.reset_cache()
-        compiled = jitted.lower(*args).compile()
+        compiled = lowered.compile()
     finally:
         jax.config.update("jax_enable_compilation_cache", used)
         compilation_cache.reset_cache()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from test_cli_main import toy_model
+from test_cli_main import TRACE, toy_model
 
 from diffspec import programs
 from diffspec.cli.prepare import prepare_jax
@@ -152,6 +152,19 @@ def test_what_may_be_another_tomorrow_is_not_kept(folder):
     assert not folder.exists()
 
 
+def _root(power, pair):
+    TRACED.append("root")
+    return {"sum": jnp.linalg.cholesky(pair.first[:, None] * pair.first + power * jnp.eye(3)).sum() + pair.second}
+
+
+def test_what_calls_lapack_is_not_kept(folder):
+    """A process that loads the executable has not prepared LAPACK for it: it would end in a segmentation fault."""
+    expected = np.linalg.cholesky(np.outer(PAIR.first, PAIR.first) + 2.0 * np.eye(3)).sum() + 0.5
+    for _ in range(2):
+        assert float(fresh_process(_root)(2, PAIR)["sum"]) == pytest.approx(expected, rel=1e-12)
+    assert TRACED == ["root", "root"] and not list(folder.iterdir())
+
+
 def test_side_by_side_it_is_the_function(folder):
     fresh = fresh_process()
     fresh(2, PAIR)
@@ -271,3 +284,46 @@ def test_a_second_predict_traces_no_large_program(tmp_path):
     assert first[1] == "_compare _distribution"
     assert run() == (first[0], "")
     assert run(DIFFSPEC_KEEP_PROGRAMS="0") == first
+
+
+LOAD = ["--arrival-rate", "3", "--prompt-length", "64", "--output-length", "64"]
+CHOICE = [*LOAD, "--acceptance-rate", "0.8", "--max-draft-length", "3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sensitivity", *LOAD, "--draft-length", "2"],
+        ["optimize", *CHOICE],
+        ["optimize", *CHOICE, "--batch-caps", "4,8", "--slo", "ttft_p95<1"],
+        ["policy", *CHOICE],
+        ["size", "--target-rate", "20", *CHOICE[2:]],
+        ["simulate", *LOAD, "--draft-length", "2", "--requests", "50"],
+    ],
+    ids=lambda arguments: " ".join(arguments[::7]),
+)
+def test_a_second_process_answers_the_same(arguments, tmp_path):
+    toy_model(tmp_path / "model.json")
+    answers_the_same([arguments[0], "model.json", *arguments[1:]], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_second_process_fits_and_designs_the_same(tmp_path):
+    """Both call LAPACK."""
+    answers_the_same(["fit", str(TRACE), "--out", "model.json", "--step-time", "affine"], tmp_path)
+    answers_the_same(["design", "model.json", "--budget", "3", *CHOICE], tmp_path)
+
+
+def answers_the_same(arguments: list[str], folder) -> None:
+    environment = os.environ | {"DIFFSPEC_CACHE_DIR": str(folder / "cache")}
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from diffspec.cli import main; sys.exit(main())",
+        *arguments,
+        "--json",
+    ]
+    runs = [subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True) for _ in range(2)]
+    assert [done.returncode for done in runs] == [0, 0], [done.stderr for done in runs]
+    assert runs[0].stdout == runs[1].stdout != ""
