@@ -166,23 +166,19 @@ def _loaded(path: Path | None, given: tuple) -> tuple[Callable, Any] | None:
 
 
 def _stored(path: Path | None, jitted, args: tuple) -> Callable | None:
-    """The program compiled, and kept where that is possible; None: use ``jitted``."""
+    """The program compiled, and kept where that is possible, by JAX's cache where it is not; None: use ``jitted``."""
     if path is None:
         return None
     from jax.experimental.compilation_cache import compilation_cache
     from jax.experimental.serialize_executable import serialize
 
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:  # before compiling without JAX's cache, which would else have it
+    lowered, partial = jitted.lower(*args), path.with_name(f"{path.name}.{os.getpid()}")
+    if "custom_call" in lowered.as_text():  # of LAPACK, which tracing prepares and a process that loads it lacks
+        return lowered.compile()
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
     except OSError:
-        return None
-    lowered = jitted.lower(*args)
-    if (
-        "custom_call" in lowered.as_text()
-    ):  # it calls what tracing prepares: LAPACK, which a process that loads it lacks
-        partial.unlink()
         return lowered.compile()
     used = jax.config.values["jax_enable_compilation_cache"]
     try:

@@ -162,7 +162,7 @@ def test_what_calls_lapack_is_not_kept(folder):
     expected = np.linalg.cholesky(np.outer(PAIR.first, PAIR.first) + 2.0 * np.eye(3)).sum() + 0.5
     for _ in range(2):
         assert float(fresh_process(_root)(2, PAIR)["sum"]) == pytest.approx(expected, rel=1e-12)
-    assert TRACED == ["root", "root"] and not list(folder.iterdir())
+    assert TRACED == ["root", "root"] and not folder.exists()
 
 
 def test_side_by_side_it_is_the_function(folder):
